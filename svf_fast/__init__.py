@@ -7,3 +7,28 @@ from pathlib import Path
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "setup.py").is_file() and (_checkout / "kernels" / "__init__.py").is_file():
     __path__.append(str(_checkout))
+
+from svf_fast import functional  # noqa: E402
+from svf_fast.backends import backend  # noqa: E402
+from svf_fast.convert import convert, disabled, merge, singular_values  # noqa: E402
+from svf_fast.io import load_singular_values, load_svf_pytorch, save_singular_values  # noqa: E402
+from svf_fast.modules import SVFConv2d, SVFLinear  # noqa: E402
+from svf_fast.summary import summary  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SVFConv2d",
+    "SVFLinear",
+    "__version__",
+    "backend",
+    "convert",
+    "disabled",
+    "functional",
+    "load_singular_values",
+    "load_svf_pytorch",
+    "merge",
+    "save_singular_values",
+    "singular_values",
+    "summary",
+]

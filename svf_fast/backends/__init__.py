@@ -1,0 +1,104 @@
+"""The registry of backends and the switch between them. A backend is an object that fulfils `contract.Backend`; adding
+one is one file here (or in kernels/) and one `register` call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+from svf_fast.backends.composed import ComposedBackend
+from svf_fast.contract import Backend
+
+NAMES = ("auto", "torch", "cpp", "triton")
+
+
+class _Entry(NamedTuple):
+    load: Callable[[], Backend]
+    # why it cannot run on a device type ("cpu", "cuda", ...), or None when it can
+    reason_unusable: Callable[[str], str | None]
+
+
+def _not_built(what: str) -> _Entry:
+    def load() -> Backend:
+        raise RuntimeError(what)
+
+    return _Entry(load, lambda device: what)
+
+
+_composed = ComposedBackend()
+_entries: dict[str, _Entry] = {
+    "torch": _Entry(lambda: _composed, lambda device: None),
+    "cpp": _not_built("this version has no compiled extension yet"),
+    "triton": _not_built("this version has no Triton kernels yet"),
+}
+# `auto` takes the first that can run on the device.
+_preference = ("triton", "cpp", "torch")
+
+
+def register(name: str, load: Callable[[], Backend], reason_unusable: Callable[[str], str | None]) -> None:
+    """Makes a backend known under one of the names of the public contract."""
+    _entries[name] = _Entry(load, reason_unusable)
+
+
+def why_unusable(name: str, device: str) -> str | None:
+    """The reason why backend `name` cannot run on a device type, or None when it can."""
+    return _entries[name].reason_unusable(device)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+    if name != "auto":
+        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        reasons = {device: why_unusable(name, device) for device in devices}
+        if all(reasons.values()):
+            raise RuntimeError(f"backend {name!r} is not available: {next(iter(reasons.values()))}")
+    return name
+
+
+_from_environment = os.environ.get("SVF_FAST_BACKEND", "auto")
+_current = _checked(_from_environment, "the environment variable SVF_FAST_BACKEND")
+
+
+def current() -> str:
+    """The backend name in force in this process."""
+    return _current
+
+
+def select(device: torch.device) -> Backend:
+    """The backend object that computes on `device` now."""
+    name = current()
+    if name != "auto":
+        reason = why_unusable(name, device.type)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run on {device.type}: {reason}")
+        return _entries[name].load()
+    return next(_entries[n].load() for n in _preference if why_unusable(n, device.type) is None)
+
+
+class backend:  # noqa: N801 - a verb used as a function and as a context manager, hence lower case
+    """Chooses the backend of every svf_fast op: `backend("torch")` for the process, `with backend("torch"):` for a block.
+
+    Names: auto (the fastest that can run on the tensor's device), torch, cpp, triton. ValueError for any other name,
+    RuntimeError with the reason for one that cannot run here. Backward runs in the backend that is in force then;
+    backends share what is kept, so mixing them is sound.
+    """
+
+    def __init__(self, name: str) -> None:
+        # process-wide rather than a context variable: autograd runs CUDA backward in threads of its own
+        global _current
+        self._name, self._previous = _checked(name, "backend"), _current
+        _current = self._name
+
+    def __enter__(self) -> str:
+        return self._name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        _current = self._previous

@@ -1,0 +1,107 @@
+"""The op contract that every backend implements: geometry, layouts, and what forward hands to backward.
+
+Forward   z = conv(x, v);  y = act((scale ⊙ u ⊙ s) z + shift + residual)
+Backward  d = dy ⊙ act';  g = (scale ⊙ u)ᵀ d;  ds = Σ z ⊙ g;  dx = conv_transpose(s ⊙ g, v)
+
+Layout: y, z and dx are dense in x's memory format (contiguous or channels_last); the mask holds one bit an element of y,
+in y's memory order, lowest bit first (bits.py); int8 z has one float32 scale a channel (quantize.py). Whatever one
+backend keeps, another can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+
+class Geometry(NamedTuple):
+    """Stride, zero padding and dilation of the V-convolution, each (height, width), and its groups."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the convolution's output for an input of height and width `size`."""
+        height, width = (
+            (extent + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+            for extent, taps, stride, padding, dilation in zip(
+                size, kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return height, width
+
+
+class Backend(Protocol):
+    """One implementation of the contract. All tensors lie on one device; no autograd runs inside.
+
+    `forward` and `backward` in ops.py are made of these parts; a backend that can do better in one pass than in two
+    (V-convolution and projection back to back, say) does so behind the same names.
+    """
+
+    def v_convolution(self, x: Tensor, v: Tensor, geometry: Geometry, memory_format: torch.memory_format) -> Tensor:
+        """z [N, R, Ho, Wo] in x's dtype."""
+
+    def v_convolution_backward(
+        self, g: Tensor, s: Tensor, v: Tensor, geometry: Geometry, size: Sequence[int],
+        memory_format: torch.memory_format,
+    ) -> Tensor:  # fmt: skip
+        """dx of height and width `size`: the data gradient of s ⊙ g, g [N, R, Ho, Wo]."""
+
+    def project(
+        self, z: Tensor, s: Tensor, u: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+        relu: bool, keep_mask: bool, memory_format: torch.memory_format,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """y [N, Co, Ho, Wo] and its mask (empty unless `keep_mask`)."""
+
+    def project_backward(
+        self, d: Tensor, z: Tensor, z_scale: Tensor, u: Tensor, scale: Tensor | None, groups: int, need_ds: bool,
+        memory_format: torch.memory_format,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """g [N, R, Ho, Wo] and, when `need_ds`, ds [R] in at least float32 (else empty)."""
+
+    def apply_mask(self, dy: Tensor, mask: Tensor) -> Tensor:
+        """d = dy where the mask's bit is set, exactly 0 elsewhere; dy is dense."""
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The memory format that outputs made from the 4-D tensor `x` take; sliced tensors count by the order of their strides."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    _, channels, height, width = x.shape
+    channel_stride = x.stride(1) if channels > 1 else 0
+    pixel_stride = x.stride(3) if width > 1 else x.stride(2) if height > 1 else 0
+    return torch.channels_last if channel_stride < pixel_stride else torch.contiguous_format
+
+
+def dense(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """`t` itself when it is dense in `memory_format`, else a copy that is."""
+    return t.contiguous(memory_format=memory_format)
+
+
+def dense_view(t: Tensor) -> Tensor:
+    """The elements of a dense 4-D tensor, contiguous or channels_last, in memory order, as a 1-D view."""
+    return t.view(-1) if t.is_contiguous() else t.permute(0, 2, 3, 1).view(-1)
+
+
+def fold_left(u: Tensor, groups: int, s: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale ⊙ u ⊙ s as a grouped 1x1 weight [Co, R/groups, 1, 1] of `dtype`; products run in the factors' widest dtype."""
+    left = u
+    if s is not None:
+        left = (left.view(groups, -1, u.shape[1]) * s.view(groups, 1, -1)).view(u.shape)
+    if scale is not None:
+        left = left * scale.view(-1, 1)
+    return left.to(dtype).view(*u.shape, 1, 1)
+
+
+def check(condition: Any, message: str, error: type[Exception] = ValueError) -> None:
+    """Raises `error(message)` unless `condition` holds."""
+    if not condition:
+        raise error(message)

@@ -1,0 +1,299 @@
+"""SVFConv2d and SVFLinear: drop-in modules around the functional layer. They know tensors and the fused op, not the
+model that they stand in."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svf_fast.contract import Geometry, check
+from svf_fast.decompose import decompose, recompose
+from svf_fast.frozen_norm import FrozenAffine
+from svf_fast.functional import ACTIVATIONS, SAVES, autocast_dtype, svf_conv2d, svf_linear
+
+PARAMETRIZATIONS = ("direct", "scale")
+
+
+def fingerprint(weight: Tensor) -> Tensor:
+    """SHA-256 of a base weight's float32 values and shape, uint8 [32]: tells whether singular values fit a weight."""
+    values = weight.detach().to("cpu", torch.float32).contiguous()
+    digest = hashlib.sha256(repr(list(values.shape)).encode())
+    digest.update(values.view(torch.uint8).numpy().tobytes() if values.numel() else b"")
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8, device=weight.device)
+
+
+class SVFModule(nn.Module):
+    """What the convolution and the linear layer share: factors, singular values, and the merged weight.
+
+    Parameters: `s` [R] trainable (with parametrization="scale" a factor on the frozen values that starts at 1), `u` and
+    `v` frozen (parameters rather than buffers: DDP broadcasts buffers at every forward), `bias` frozen.
+    Buffers: `s0` [R] the singular values of the base weight, `base_fingerprint` uint8 [32].
+    """
+
+    s0: Tensor
+    base_fingerprint: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        groups: int,
+        rank: int | None,
+        save: str,
+        parametrization: str,
+    ) -> None:
+        super().__init__()
+        check(save in SAVES, f"save must be one of {', '.join(SAVES)}, got {save!r}")
+        check(
+            parametrization in PARAMETRIZATIONS,
+            f"parametrization must be one of {', '.join(PARAMETRIZATIONS)}, got {parametrization!r}",
+        )
+        u, s, v = decompose(weight, groups=groups, rank=rank)
+        like = {"dtype": weight.dtype, "device": weight.device}
+        self.save, self.parametrization = save, parametrization
+        self.s = nn.Parameter(s.to(**like) if parametrization == "direct" else torch.ones_like(s).to(**like))
+        self.u = nn.Parameter(u.to(**like), requires_grad=False)
+        self.v = nn.Parameter(v.to(**like), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_buffer("s0", s.to(**like))
+        self.register_buffer("base_fingerprint", fingerprint(weight))
+        # the pre-trained network again, while svf_fast.disabled(model) says so
+        self.is_disabled = False
+        # what `convert` found about this layer, for svf_fast.summary
+        self.fusion_note = ""
+
+    @property
+    def rank(self) -> int:
+        """Number of singular values, over all groups."""
+        return self.s.shape[0]
+
+    def singular_values(self) -> Tensor:
+        """[R] singular values in force: `s`, `s0 · s`, or `s0` while disabled."""
+        if self.is_disabled:
+            return self.s0
+        return self.s if self.parametrization == "direct" else self.s0 * self.s
+
+    def merged_weight(self) -> Tensor:
+        """U diag(s) Vᵀ in the base weight's shape and dtype, computed in float64."""
+        with torch.no_grad():
+            return recompose(self.u.double(), self.singular_values().double(), self.v.double()).to(self.u.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_merged", None)
+        return state
+
+    def train(self, mode: bool = True) -> SVFModule:
+        # writes through `.data` leave no trace in version counters: a change of mode is where they happen
+        self.__dict__.pop("_merged", None)
+        return super().train(mode)
+
+    def _merged(self, dtype: torch.dtype, layout: torch.memory_format, norm: FrozenAffine | None) -> tuple:
+        """Merged weight and bias of `dtype`, the affine folded in; cached until a source changes."""
+        sources = [self.s, self.s0, self.u, self.v, *([] if self.bias is None else [self.bias])]
+        affine = None if norm is None else norm.scale_and_shift()
+        key = (
+            dtype, layout, self.is_disabled, self.parametrization, None if affine is None else id(affine[0]),
+            *((t._version, t.data_ptr(), t.device) for t in sources),
+        )  # fmt: skip
+        cached = self.__dict__.get("_merged")
+        if cached is None or cached[0] != key or not _same_values(cached[1], self.s):
+            weight = recompose(self.u.double(), self.singular_values().double(), self.v.double())
+            bias = None if self.bias is None else self.bias.double()
+            if affine is not None:
+                scale, shift = (t.double() for t in affine)
+                weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+                bias = shift if bias is None else bias * scale + shift
+            weight = weight.to(dtype)
+            if weight.ndim == 4:
+                weight = weight.contiguous(memory_format=layout)
+            # `affine` is held so that its id stays taken
+            cached = (key, self.s.detach().clone(), weight, None if bias is None else bias.to(dtype), affine)
+            self.__dict__["_merged"] = cached
+        return cached[2], cached[3]
+
+
+def _same_values(cached: Tensor, s: Tensor) -> bool:
+    """On CPU the comparison is nearly free and catches writes through `.data`; on a GPU it would synchronise."""
+    return s.device.type != "cpu" or torch.equal(cached, s)
+
+
+class SVFConv2d(SVFModule):
+    """A Conv2d whose singular values are trained: y = u·(s ⊙ conv2d(x, v)) + bias (SVF paper, Algorithm 1), as one op.
+
+    Without a graph to build (`torch.no_grad()`, or nothing requires a gradient) one ordinary convolution runs with the
+    merged weight. See `functional.svf_conv2d` for `save`.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, *, rank: int | None = None, save: str = "exact", parametrization: str = "direct"
+    ) -> None:
+        super().__init__(
+            conv.weight, conv.bias, groups=conv.groups, rank=rank, save=save, parametrization=parametrization
+        )
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding, self.padding_mode, self.groups = conv.padding, conv.padding_mode, conv.groups
+        # left, right, top, bottom, as F.pad takes them; "same" with an even kernel differs between sides
+        pads = [int(n) for n in conv._reversed_padding_repeated_twice]
+        if isinstance(conv.padding, str) and conv.padding == "same":
+            total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+            pads = [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]
+        is_symmetric = pads[0] == pads[1] and pads[2] == pads[3]
+        self._pads = None if conv.padding_mode == "zeros" and is_symmetric else pads
+        self.geometry = Geometry(
+            (conv.stride[0], conv.stride[1]),
+            (pads[2], pads[0]) if self._pads is None else (0, 0),
+            (conv.dilation[0], conv.dilation[1]),
+            conv.groups,
+        )
+        self.train(conv.training)
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Conv2d, *, rank: int | None = None, save: str = "exact", parametrization: str = "direct"
+    ) -> SVFConv2d:
+        """Decomposes `conv`; the function is unchanged. `rank` None is full rank, exactly; per group for groups > 1.
+
+        ValueError for an empty or non-finite weight or a rank that does not fit, TypeError for anything but a Conv2d.
+        """
+        check(isinstance(conv, nn.Conv2d), f"conv must be an nn.Conv2d, got {type(conv).__name__}", TypeError)
+        return cls(conv, rank=rank, save=save, parametrization=parametrization)
+
+    def merged(self) -> nn.Conv2d:
+        """An ordinary convolution with W = U diag(s) Vᵀ, on the same device and with the same training mode."""
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, self.bias is not None, self.padding_mode, device=self.u.device, dtype=self.u.dtype,
+        )  # fmt: skip
+        conv.weight = nn.Parameter(self.merged_weight())
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().clone())
+        return conv.train(self.training)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """x with the padding that the op itself does not do: reflect, replicate, circular, or unequal sides."""
+        if self._pads is None:
+            return x
+        return F.pad(x, self._pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        norm: FrozenAffine | None = None,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        """x [N, Ci, H, W] → act(norm(conv(x)) + residual) [N, Co, Ho, Wo]."""
+        check(activation in ACTIVATIONS, f"activation must be None or 'relu', got {activation!r}")
+        if x.ndim == 3:
+            # Conv2d takes unbatched pictures too
+            return self.forward(
+                x.unsqueeze(0), norm=norm, residual=None if residual is None else residual.unsqueeze(0), activation=activation
+            ).squeeze(0)  # fmt: skip
+        check(
+            x.ndim == 4 and x.shape[1] == self.in_channels,
+            f"x must be [N, {self.in_channels}, H, W], got shape {list(x.shape)}",
+        )
+        if residual is not None and not self._fits(residual, x):
+            return _activate(self.forward(x, norm=norm) + residual, activation)
+        x = self.pad(x)
+        if not self.needs_graph(x, residual, norm) and not torch.compiler.is_compiling():
+            return self._plain(x, norm, residual, activation)
+        scale, shift = (None, None) if norm is None else norm.scale_and_shift()
+        return svf_conv2d(
+            x, self.v, self.singular_values(), self.u, bias=self.bias, scale=scale, shift=shift, residual=residual,
+            activation=activation, stride=self.geometry.stride, padding=self.geometry.padding,
+            dilation=self.geometry.dilation, groups=self.groups, save=self.save,
+        )  # fmt: skip
+
+    def needs_graph(self, x: Tensor, residual: Tensor | None, norm: FrozenAffine | None) -> bool:
+        """Whether anything that this call computes may need a gradient."""
+        if not torch.is_grad_enabled():
+            return False
+        inputs = [x, residual, *self.parameters(recurse=False), *([] if norm is None else norm.parameters())]  # type: ignore[attr-defined]
+        return any(t is not None and t.requires_grad for t in inputs)
+
+    def padded_size(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of `pad(x)`."""
+        left, right, top, bottom = self._pads or (0, 0, 0, 0)
+        return x.shape[2] + top + bottom, x.shape[3] + left + right
+
+    def _fits(self, residual: Tensor, x: Tensor) -> bool:
+        """Whether the op may add `residual`: same shape and dtype as the output, so no broadcast and no promotion."""
+        size = self.geometry.output_size(self.padded_size(x), self.v.shape[2:])
+        return residual.shape == (x.shape[0], self.out_channels, *size) and residual.dtype == x.dtype
+
+    def _plain(self, x: Tensor, norm: FrozenAffine | None, residual: Tensor | None, activation: str | None) -> Tensor:
+        dtype = autocast_dtype(x) or x.dtype
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        weight, bias = self._merged(dtype, layout, norm)
+        y = F.conv2d(x, weight, bias, *self.geometry)
+        if residual is not None:
+            y = y.add_(residual) if residual.dtype == y.dtype else y + residual
+        return y.relu_() if activation == "relu" else y
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text += f", rank={self.rank}, save={self.save!r}"
+        return text + "".join(
+            f", {name}={value!r}"
+            for name, value, usual in (
+                ("padding", self.padding, (0, 0)), ("dilation", self.dilation, (1, 1)), ("groups", self.groups, 1),
+                ("padding_mode", self.padding_mode, "zeros"), ("parametrization", self.parametrization, "direct"),
+            )
+            if value != usual
+        )  # fmt: skip
+
+
+class SVFLinear(SVFModule):
+    """A Linear whose singular values are trained: y = u·(s ⊙ (v·x)) + bias, as one op."""
+
+    def __init__(
+        self, linear: nn.Linear, *, rank: int | None = None, save: str = "exact", parametrization: str = "direct"
+    ) -> None:
+        super().__init__(linear.weight, linear.bias, groups=1, rank=rank, save=save, parametrization=parametrization)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.train(linear.training)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, rank: int | None = None, save: str = "exact", parametrization: str = "direct"
+    ) -> SVFLinear:
+        """Decomposes `linear`; the function is unchanged. Errors as `SVFConv2d.from_conv`."""
+        check(isinstance(linear, nn.Linear), f"linear must be an nn.Linear, got {type(linear).__name__}", TypeError)
+        return cls(linear, rank=rank, save=save, parametrization=parametrization)
+
+    def merged(self) -> nn.Linear:
+        """An ordinary linear layer with W = U diag(s) Vᵀ."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device=self.u.device, dtype=self.u.dtype
+        )
+        linear.weight = nn.Parameter(self.merged_weight())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., In] → [..., Out]."""
+        check(
+            x.ndim >= 1 and x.shape[-1] == self.in_features,
+            f"x must be [..., {self.in_features}], got shape {list(x.shape)}",
+        )
+        needs_graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters(recurse=False)))
+        if x.numel() == 0 or (not needs_graph and not torch.compiler.is_compiling()):
+            return F.linear(x, *self._merged(autocast_dtype(x) or x.dtype, torch.contiguous_format, None))
+        return svf_linear(x, self.v, self.singular_values(), self.u, bias=self.bias, save=self.save)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, save={self.save!r}"
+
+
+def _activate(y: Tensor, activation: str | None) -> Tensor:
+    return torch.relu(y) if activation == "relu" else y

@@ -1,0 +1,159 @@
+"""The fused layer as `torch.library` ops: forward, its backward, fake kernels and autograd. Kept for backward: z (or
+int8 z, or x by reference) and one bit an output element where a ReLU follows; nothing that no gradient asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svf_fast import backends
+from svf_fast.bits import packed_bytes
+from svf_fast.contract import Geometry, dense, memory_format_of
+from svf_fast.quantize import quantize
+
+_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+
+
+def _geometry(stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
+    return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+@torch.library.custom_op(
+    "svf_fast::conv2d",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor v, Tensor s, Tensor u, Tensor? scale, Tensor? shift, Tensor? residual, bool relu, "
+    f"{_GEOMETRY}, str keep_z, bool keep_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def conv2d(
+    x: Tensor, v: Tensor, s: Tensor, u: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    relu: bool, stride: Any, padding: Any, dilation: Any, groups: int, keep_z: str, keep_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, z as `keep_z` says ("none", "exact", "int8", "input": z is rebuilt from x), z's scale, the mask."""
+    implementation = backends.select(x.device)
+    memory_format = memory_format_of(x)
+    geometry = _geometry(stride, padding, dilation, groups)
+    z = implementation.v_convolution(x, v, geometry, memory_format)
+    y, mask = implementation.project(z, s, u, scale, shift, residual, relu, keep_mask, memory_format)
+    z_scale = x.new_empty(0, dtype=torch.float32)
+    if keep_z == "int8":
+        z, z_scale = quantize(z)
+    elif keep_z != "exact":
+        z = x.new_empty(0)
+    return y, z, z_scale, mask
+
+
+@conv2d.register_fake
+def _(x, v, s, u, scale, shift, residual, relu, stride, padding, dilation, groups, keep_z, keep_mask):
+    geometry = _geometry(stride, padding, dilation, groups)
+    size = geometry.output_size(x.shape[2:], v.shape[2:])
+    memory_format = memory_format_of(x)
+    y = x.new_empty((x.shape[0], u.shape[0], *size)).to(memory_format=memory_format)
+    z, z_scale, mask = x.new_empty(0), x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.uint8)
+    if keep_z in ("exact", "int8"):
+        dtype = torch.int8 if keep_z == "int8" else x.dtype
+        z = x.new_empty((x.shape[0], v.shape[0], *size), dtype=dtype).to(memory_format=memory_format)
+    if keep_z == "int8":
+        z_scale = x.new_empty(v.shape[0], dtype=torch.float32)
+    if keep_mask:
+        mask = x.new_empty(packed_bytes(y.numel()), dtype=torch.uint8)
+    return y, z, z_scale, mask
+
+
+@torch.library.custom_op(
+    "svf_fast::conv2d_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor? x, Tensor z, Tensor z_scale, Tensor mask, Tensor v, Tensor s, Tensor u, Tensor? scale, "
+    f"{_GEOMETRY}, SymInt[2] size, bool channels_last, bool need_dx, bool need_ds, bool need_d) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def conv2d_backward(
+    dy: Tensor, x: Tensor | None, z: Tensor, z_scale: Tensor, mask: Tensor, v: Tensor, s: Tensor, u: Tensor,
+    scale: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, size: Any, channels_last: bool,
+    need_dx: bool, need_ds: bool, need_d: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, ds in s's dtype, and d = dy ⊙ mask (the residual's gradient); empty where not needed or equal to dy."""
+    implementation = backends.select(dy.device)
+    memory_format = _format(channels_last)
+    geometry = _geometry(stride, padding, dilation, groups)
+    d = dense(dy, memory_format)
+    if mask.numel():
+        d = implementation.apply_mask(d, mask)
+    dx, ds = dy.new_empty(0), s.new_empty(0)
+    if need_dx or need_ds:
+        if need_ds and x is not None:
+            z = implementation.v_convolution(x, v, geometry, memory_format)
+        g, ds = implementation.project_backward(d, z, z_scale, u, scale, groups, need_ds, memory_format)
+        ds = ds.to(s.dtype)
+        if need_dx:
+            dx = implementation.v_convolution_backward(g, s, v, geometry, list(size), memory_format)
+    return dx, ds, d if need_d and mask.numel() else dy.new_empty(0)
+
+
+@conv2d_backward.register_fake
+def _(
+    dy, x, z, z_scale, mask, v, s, u, scale, stride, padding, dilation, groups, size, channels_last,
+    need_dx, need_ds, need_d,
+):  # fmt: skip
+    memory_format = _format(channels_last)
+    dx, ds, d = dy.new_empty(0), s.new_empty(0), dy.new_empty(0)
+    if need_dx:
+        dx = dy.new_empty((dy.shape[0], v.shape[1] * groups, *size)).to(memory_format=memory_format)
+    if need_ds:
+        ds = torch.empty_like(s)
+    if need_d and mask.numel():
+        d = dy.new_empty(dy.shape).to(memory_format=memory_format)
+    return dx, ds, d
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, v, s, u, scale, _, residual, relu, *geometry, keep_z, keep_mask = inputs
+    _, z, z_scale, mask = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(z, z_scale, mask)
+    ctx.save_for_backward(x if keep_z == "input" else None, z, z_scale, mask, v, s, u, scale)
+    ctx.geometry = geometry
+    ctx.size = x.shape[2:]
+    ctx.channels_last = memory_format_of(x) is torch.channels_last
+
+
+def _backward(ctx: Any, dy: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * 14
+    if dy is None:
+        return tuple(gradients)
+    x, z, z_scale, mask, v, s, u, scale = ctx.saved_tensors
+    need_dx, need_ds, need_residual = (ctx.needs_input_grad[i] for i in (0, 2, 6))
+    dx, ds, d = conv2d_backward(
+        dy, x, z, z_scale, mask, v, s, u, scale, *ctx.geometry, ctx.size, ctx.channels_last,
+        need_dx, need_ds, need_residual,
+    )  # fmt: skip
+    if need_dx:
+        gradients[0] = dx
+    if need_ds:
+        gradients[2] = ds
+    if need_residual:
+        gradients[6] = d if mask.numel() else dy
+    return tuple(gradients)
+
+
+conv2d.register_autograd(_backward, setup_context=_save)
+
+
+def refuse_double_backward(op: Any) -> None:
+    """Makes differentiating through a backward op raise one clear sentence."""
+
+    def refuse(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(
+            "double backward through an svf_fast op is not supported: the op keeps too little for a second derivative; "
+            "use svf_fast.reference for gradients of gradients"
+        )
+
+    op.register_autograd(refuse)
+
+
+refuse_double_backward(conv2d_backward)

@@ -1,0 +1,144 @@
+"""Scores against a slow count by hand, and against recorded counts of the field's code."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from svf_fast.train.evaluation import Counts, FewShotMetrics, count, prediction_at_original_size
+from torch.nn import functional
+
+GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
+SHAPES = [(1, 1), (1, 7), (9, 1), (33, 50), (50, 33), (64, 64)]
+
+
+def random_label(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).choice(np.array([0, 1, 255], np.uint8), shape))
+
+
+def random_logits(side: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.skipif(not (GOLDEN / "data.json").is_file(), reason="the golden parity data are not here")
+def test_counts_agree_with_the_field() -> None:
+    spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
+    assert spec is not None
+    assert spec.loader is not None
+    fill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill)
+    noise = torch.from_numpy(fill.stream("0|eval_logits", 2 * 73 * 73).reshape(1, 2, 73, 73)).float()
+    logits = functional.avg_pool2d(noise, 5, stride=1, padding=2)[0]
+    label = torch.from_numpy(fill.make_photo(100, 131)[1])
+    label[label == 2] = 0
+    counts = count(prediction_at_original_size(logits, label), label)
+    recorded = json.loads((GOLDEN / "data.json").read_text())["evaluation"]
+    for name in ("intersection", "union", "target"):
+        np.testing.assert_allclose(getattr(counts, name), recorded[name], atol=3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("side", [9, 73])
+def test_predictions_are_the_argmax_of_logits_resized_to_the_longer_sides_square(
+    shape: tuple[int, int], side: int
+) -> None:
+    logits = random_logits(side)
+    prediction = prediction_at_original_size(logits, torch.zeros(shape, dtype=torch.uint8))
+    square = (max(shape), max(shape))
+    resized = functional.interpolate(logits[None], square, mode="bilinear", align_corners=True)[0]
+    assert prediction.shape == shape
+    assert torch.equal(prediction.long(), resized.argmax(0)[: shape[0], : shape[1]])
+
+
+def test_logits_in_low_precision_and_with_a_graph_are_taken() -> None:
+    logits = random_logits(9).bfloat16().requires_grad_()
+    prediction = prediction_at_original_size(logits, torch.zeros((20, 30), dtype=torch.uint8))
+    assert not prediction.requires_grad
+    expected = prediction_at_original_size(logits.detach().float(), torch.zeros((20, 30), dtype=torch.uint8))
+    assert torch.equal(prediction, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_counts_are_those_of_a_loop_over_pixels(shape: tuple[int, int]) -> None:
+    label = random_label(shape)
+    prediction = random_label(shape, seed=1) % 2
+    counts = count(prediction, label)
+    pixels = [(p, t) for p, t in zip(prediction.flatten().tolist(), label.flatten().tolist(), strict=True) if t != 255]
+    for c in (0, 1):
+        assert counts.intersection[c] == sum(p == c and t == c for p, t in pixels)
+        assert counts.union[c] == sum(p == c or t == c for p, t in pixels)
+        assert counts.target[c] == sum(t == c for _, t in pixels)
+
+
+def test_a_void_label_counts_nothing() -> None:
+    assert count(torch.ones(5, 5), torch.full((5, 5), 255, dtype=torch.uint8)) == Counts()
+
+
+def test_metrics_are_sums_per_class_and_over_all_classes() -> None:
+    metrics = FewShotMetrics((6, 7, 8))
+    ones, half = torch.ones(2, 4, dtype=torch.uint8), torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])
+    metrics.update(ones, half.byte(), 6)  # foreground 4 of 8, background 0 of 4
+    metrics.update(half, half.byte(), 6)  # foreground 4 of 4, background 4 of 4
+    metrics.update(half, ones, 7)  # foreground 4 of 8, background 0 of 4
+    assert metrics.class_iou == pytest.approx({6: 8 / 12, 7: 4 / 8, 8: 0.0})
+    assert metrics.miou == pytest.approx((8 / 12 + 4 / 8 + 0) / 3)
+    assert metrics.fb_iou == pytest.approx((12 / 20 + 4 / 12) / 2)
+    assert metrics.episodes == {6: 2, 7: 1, 8: 0}
+
+
+def test_metrics_without_an_episode_are_zero() -> None:
+    metrics = FewShotMetrics((1, 2))
+    assert (metrics.miou, metrics.fb_iou, metrics.class_iou) == (0, 0, {1: 0, 2: 0})
+
+
+def test_logits_and_their_prediction_give_the_same_metrics() -> None:
+    first, second = FewShotMetrics((1,)), FewShotMetrics((1,))
+    for seed in range(3):
+        logits, label = random_logits(33, seed), random_label((40, 31), seed)
+        first.update(logits, label, 1)
+        second.update(prediction_at_original_size(logits, label), label, 1)
+    assert first.counts == second.counts
+
+
+def test_merged_metrics_are_those_of_all_episodes() -> None:
+    parts, whole = [FewShotMetrics((1, 2)) for _ in range(2)], FewShotMetrics((1, 2))
+    for seed in range(6):
+        episode = random_logits(9, seed), random_label((20, 13), seed), 1 + seed % 2
+        parts[seed // 3].update(*episode)
+        whole.update(*episode)
+    before = parts[0].total
+    merged = parts[0].merge(parts[1])
+    assert (merged.counts, merged.episodes, merged.total) == (whole.counts, whole.episodes, whole.total)
+    assert parts[0].total == before
+
+
+@pytest.mark.parametrize(
+    ("logits", "label", "message"),
+    [
+        (torch.zeros(3, 9, 9), torch.zeros(9, 9), r"logits have the shape \[3, 9, 9\]; expected \[2, S, S\]"),
+        (torch.zeros(2, 9, 8), torch.zeros(9, 9), r"logits have the shape \[2, 9, 8\]"),
+        (torch.zeros(2, 9, 9), torch.zeros(1, 9, 9), r"original_label has the shape \[1, 9, 9\]"),
+        (
+            torch.zeros(9, 8),
+            torch.zeros(9, 9),
+            r"prediction has the shape \[9, 8\]; expected that of the label, \[9, 9\]",
+        ),
+        (torch.full((9, 9), 2), torch.zeros(9, 9), "prediction holds values from 2 to 2"),
+        (torch.zeros(9, 9), torch.full((9, 9), 7), "label holds values from 7 to 7"),
+    ],
+)
+def test_wrong_shapes_and_values_are_refused(logits: torch.Tensor, label: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FewShotMetrics((1,)).update(logits, label, 1)
+
+
+def test_wrong_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"class_id is 3; expected one of \[1, 2\]"):
+        FewShotMetrics((1, 2)).update(torch.zeros(2, 2), torch.zeros(2, 2), 3)
+    for class_ids in ((), (1, 1)):
+        with pytest.raises(ValueError, match="class_ids is"):
+            FewShotMetrics(class_ids)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        FewShotMetrics((1,)).merge(FewShotMetrics((2,)))

@@ -1,0 +1,123 @@
+"""Pre-trained weights into a backbone: which published layouts are understood, and how their keys map. Strict: every
+backbone entry must be there, nothing may be left over, and only classifiers (and stages that the backbone does not
+have) are passed by. Knows no method."""
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from svf_fast.train.backbones.base import STAGES
+from torch import Tensor, nn
+
+# never part of a backbone: the ImageNet heads of ResNet and VGG files
+CLASSIFIER_PREFIXES = ("fc.", "classifier.")
+DATA_PARALLEL_PREFIX = "module."
+
+PLAIN_STEM = {"conv1": "layer0.0", "bn1": "layer0.1"}
+DEEP_STEM = {
+    "conv1": "layer0.0",
+    "bn1": "layer0.1",
+    "conv2": "layer0.3",
+    "bn2": "layer0.4",
+    "conv3": "layer0.6",
+    "bn3": "layer0.7",
+}
+# index in torchvision's `features` of each stage's first module; 43 would be the last pool
+VGG_STAGE_STARTS = (0, 7, 14, 24, 34, 43)
+
+
+def load_backbone_weights(backbone: nn.Module, path: str | Path) -> None:
+    """Fill ``backbone`` from a file: torchvision's ResNet or VGG-16-bn, the deep-stem ResNet of PFENet and BAM, or
+    this project's own layout; ``.safetensors`` or PyTorch's format.
+
+    Raises FileNotFoundError, or ValueError when the file cannot be read, or when keys or shapes are not exactly those
+    of the backbone; the backbone is then unchanged.
+    """
+    path = Path(path)
+    load_backbone_state(backbone, read_state(path), source=str(path))
+
+
+def load_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """As :func:`load_backbone_weights`, for a state dict that ``source`` names in errors."""
+    mapped = backbone_keys(state)
+    own = backbone.state_dict()
+    absent_stages = tuple(f"{stage}." for stage in STAGES if not hasattr(backbone, stage))
+    superfluous = [key for key in mapped if key not in own and not key.startswith(absent_stages)]
+    # files older than PyTorch 0.4.1 have no num_batches_tracked, and a BatchNorm on running statistics never reads it
+    missing = [key for key in own if key not in mapped and not key.endswith(".num_batches_tracked")]
+    misshapen = [
+        f"{key} {list(mapped[key].shape)}, expected {list(own[key].shape)}"
+        for key in own
+        if key in mapped and mapped[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{what}: {_some(keys)}"
+        for what, keys in (("missing", missing), ("superfluous", superfluous), ("of another shape", misshapen))
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"weights in {source} do not fit the backbone; {'; '.join(problems)}")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if key in mapped:
+                tensor.copy_(mapped[key])
+
+
+def backbone_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` under this project's keys (``layer0.0.weight`` …), classifiers left out. Unknown keys stay as they
+    are."""
+    state = {key.removeprefix(DATA_PARALLEL_PREFIX): tensor for key, tensor in state.items()}
+    rename = _renaming(state)
+    return {rename(key): tensor for key, tensor in state.items() if not key.startswith(CLASSIFIER_PREFIXES)}
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file; a file that wraps them in ``{"state_dict": …}`` is opened up."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} is not a readable weight file: {reason}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no state dict of tensors")
+    return dict(content)
+
+
+def _renaming(state: Mapping[str, Tensor]) -> Callable[[str], str]:
+    """The key map of the layout that ``state`` is in, told by the keys that only this layout has."""
+    if any(key.startswith("layer0.") for key in state):
+        return lambda key: key
+    if any(key.startswith("features.") for key in state):
+        return _vgg_key
+    stem = DEEP_STEM if "conv3.weight" in state else PLAIN_STEM
+
+    def resnet_key(key: str) -> str:
+        module, _, entry = key.partition(".")
+        return f"{stem[module]}.{entry}" if module in stem else key
+
+    return resnet_key
+
+
+def _vgg_key(key: str) -> str:
+    parts = key.split(".", 2)
+    if parts[0] != "features" or len(parts) < 3 or not parts[1].isdecimal():
+        return key
+    index = int(parts[1])
+    for stage, start, end in zip(STAGES, VGG_STAGE_STARTS, VGG_STAGE_STARTS[1:], strict=False):
+        if start <= index < end:
+            return f"{stage}.{index - start}.{parts[2]}"
+    return key
+
+
+def _some(keys: list[str], shown: int = 4) -> str:
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(keys[:shown]) + more

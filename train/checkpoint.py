@@ -1,0 +1,131 @@
+"""One file that holds a run at one iteration: enough to go on bit for bit, and to evaluate without any other file.
+
+There is no generator state in it: everything random in a run derives from (seed, iteration) and (seed, epoch, index),
+so the iteration number is the whole state. Knows tensors by their names, not what they mean.
+"""
+
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = "svf_fast checkpoint"
+VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A file that is no usable checkpoint; the message is one sentence that names the file."""
+
+
+@dataclass
+class RunState:
+    """How far a run is. ``iteration`` counts the steps taken, ``validated`` is the iteration of the last complete
+    validation (a run stopped during one does it again)."""
+
+    iteration: int = 0
+    validated: int = 0
+    best_miou: float | None = None
+    best_iteration: int = 0
+    validations_since_best: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``method`` is the method's whole state, frozen parameters included; ``config`` is plain data."""
+
+    config: dict[str, Any]
+    state: RunState
+    method: dict[str, Tensor]
+    optimiser: dict[str, Any]
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
+    """Write ``path`` whole or not at all: a temporary file in the same folder, flushed to the disk, then renamed.
+
+    OSError when it cannot be written; a file that was there before is then untouched.
+    """
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": checkpoint.config,
+        "state": asdict(checkpoint.state),
+        "method": checkpoint.method,
+        "optimiser": checkpoint.optimiser,
+    }
+    write_atomically(Path(path), lambda file: _save(content, file))
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU. FileNotFoundError when there is none; CheckpointError when the file is cut short,
+    is something else, or has a layout that this version does not know."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is no readable checkpoint (cut short, or of another kind): use another one of the run's folder"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is a PyTorch file but not a checkpoint of svf-fast train")
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path} has checkpoint layout {content.get('version')!r}, this version reads {VERSION}")
+    missing = [field.name for field in fields(Checkpoint) if not isinstance(content.get(field.name), dict)]
+    if missing:
+        raise CheckpointError(f"{path} is a checkpoint without {', '.join(missing)}")
+    return Checkpoint(
+        config=content["config"],
+        state=RunState(**content["state"]),
+        method=content["method"],
+        optimiser=content["optimiser"],
+    )
+
+
+def load_method_state(method: nn.Module, checkpoint: Checkpoint, path: str | Path) -> None:
+    """Fill ``method`` from a checkpoint, every tensor; CheckpointError when names or shapes differ. ``path`` is for the
+    message."""
+    try:
+        method.load_state_dict(checkpoint.method)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not hold the model that its own settings describe") from error
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call ``write`` with a binary file that takes the place of ``path`` only when everything is on the disk."""
+    part = path.with_name(f".{path.name}.part")  # one name a target: what a crash leaves is overwritten, never piled up
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def _save(content: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # how PyTorch's zip writer reports a disk that took less than it gave
+        raise OSError(f"writing the checkpoint failed: {str(error).splitlines()[0]}") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; only POSIX lets a folder be opened for that."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

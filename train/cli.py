@@ -1,0 +1,156 @@
+"""The command line: ``svf-fast demo | train | eval | summary``. Turns arguments into calls and errors into one line;
+decides nothing else. Exit status 0 on success, 2 when the user has to change something, 1 when a run fails or is
+stopped."""
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rich.console import Console
+from svf_fast.train.assembly import base_rates, build_model
+from svf_fast.train.config import load_config, shipped_configs
+from svf_fast.train.engine import TrainingError
+from svf_fast.train.runs import Evaluation, evaluate, train
+
+import svf_fast
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+USERS_MISTAKES = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake gets one line instead of the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # key=value may stand anywhere, also after options, which argparse's own positional arguments cannot
+    overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
+    parser = _parser()
+    try:
+        options = parser.parse_args([argument for argument in arguments if not OVERRIDE.match(argument)])
+        if overrides and not options.takes_overrides:
+            parser.error(f"{options.command} takes no key=value arguments, found {overrides[0]}")
+    except SystemExit as request:
+        return int(request.code or 0)
+    try:
+        return int(options.run(options, overrides))
+    except USERS_MISTAKES as error:
+        return _fail(error, 2)
+    except (TrainingError, OSError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"svf-fast: {error}", file=sys.stderr)
+    return status
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="svf-fast", description="Singular value fine-tuning in few-shot segmentation.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    shipped = f"a YAML file, or one of: {', '.join(shipped_configs())}"
+
+    demo = commands.add_parser("demo", help="the embedded end-to-end run: no downloads, a CPU is enough")
+    demo.set_defaults(run=_demo, takes_overrides=False)
+
+    training = commands.add_parser(
+        "train", help="one training run", usage="svf-fast train CONFIG [key=value ...] [--resume]"
+    )
+    training.add_argument("config", metavar="CONFIG", help=shipped)
+    training.add_argument("--resume", action="store_true", help="go on with the run in run.dir; begin it if it is new")
+    training.set_defaults(run=_train, takes_overrides=True)
+
+    evaluation = commands.add_parser(
+        "eval",
+        help="mIoU and FB-IoU of a checkpoint on its fold's novel classes",
+        usage="svf-fast eval CHECKPOINT [--episodes N] [--seed S ...] [--shots K] [key=value ...]",
+    )
+    evaluation.add_argument("checkpoint", metavar="CHECKPOINT", help="last.pt or best.pt of a run")
+    evaluation.add_argument("--episodes", metavar="N", help="default: as in the run's validation")
+    evaluation.add_argument("--seed", metavar="S", nargs="+", type=_seed, default=[], help="one evaluation each")
+    evaluation.add_argument("--shots", metavar="K", help="default: as in the run's validation")
+    evaluation.set_defaults(run=_eval, takes_overrides=True)
+
+    summary = commands.add_parser(
+        "summary",
+        help="the model of a configuration and what of it trains",
+        usage="svf-fast summary CONFIG [key=value ...]",
+    )
+    summary.add_argument("config", metavar="CONFIG", help=shipped)
+    summary.set_defaults(run=_summary, takes_overrides=True)
+    return parser
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    return int(text)
+
+
+def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
+    from svf_fast.train.demo import run_demo  # matplotlib comes with it
+
+    run_demo()
+    return 0
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    outcome = train(load_config(options.config, overrides), resume=options.resume, console=Console())
+    print(outcome.sentence)
+    return 0 if outcome.is_finished else 1
+
+
+def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
+    asked = {"episodes": options.episodes, "shots": options.shots}
+    overrides += [f"validation.{key}={value}" for key, value in asked.items() if value is not None]
+    evaluation = evaluate(options.checkpoint, overrides, seeds=options.seed, console=Console(stderr=True))
+    print(f"{options.checkpoint}: after step {evaluation.iteration}, {evaluation.scores[0].episodes} episodes, in %")
+    print(_table(evaluation))
+    return 0
+
+
+def _table(evaluation: Evaluation) -> str:
+    """Per class and over all, one column a seed, in per cent."""
+    names, scores = evaluation.class_names, evaluation.scores
+    rows = [(name, [score.class_iou[class_id] for score in scores]) for class_id, name in names.items()]
+    rows += [("mIoU", [score.miou for score in scores]), ("FB-IoU", [score.fb_iou for score in scores])]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{f'seed {score.seed}':>12}" for score in scores)]
+    for name, values in rows:
+        line = f"{name:<{width}}" + "".join(f"{100 * value:12.2f}" for value in values)
+        if len(values) > 1:
+            line += f"   mean {100 * statistics.mean(values):6.2f} ± {100 * statistics.stdev(values):.2f}"
+        lines.append(line)
+    absent = [name for class_id, name in names.items() if any(score.class_episodes[class_id] == 0 for score in scores)]
+    if absent:
+        lines.append(f"without an episode under some seed, and counted as 0 there: {', '.join(absent)}")
+    return "\n".join(lines)
+
+
+def _summary(options: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_config(options.config, overrides)
+    model = build_model(config, pretrained=True)
+    print(svf_fast.summary(model.method))
+    rates = base_rates(config, model.groups)
+    print(f"tuning strategy {config.tuning.strategy}; rates before the {config.schedule.name} schedule:")
+    for group in model.groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        print(f"  {group['name']}: {count:,} trainable parameters, rate {rates[group['name']]:.4g}")
+    return 0

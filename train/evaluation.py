@@ -1,0 +1,137 @@
+"""How a few-shot prediction is scored: at the query's original size, per class, as the field does it.
+
+Works on logits or predictions of any method; knows nothing of how they were made or of where episodes come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from svf_fast.train.data import VOID
+from torch import Tensor
+from torch.nn import functional
+
+_EPSILON = 1e-10  # in the field's denominators: a class that was never met has IoU 0
+_LABELS = 2  # background and the episode's class
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Pixels for label 0 and for label 1, void left out: `target` is labelled so, `union` labelled or predicted so."""
+
+    intersection: tuple[int, int] = (0, 0)
+    union: tuple[int, int] = (0, 0)
+    target: tuple[int, int] = (0, 0)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            _sum_pairs(self.intersection, other.intersection),
+            _sum_pairs(self.union, other.union),
+            _sum_pairs(self.target, other.target),
+        )
+
+    def iou(self, label: int) -> float:
+        """Intersection over union of `label` (0 background, 1 the class), between 0 and 1."""
+        return self.intersection[label] / (self.union[label] + _EPSILON)
+
+
+def prediction_at_original_size(logits: Tensor, original_label: Tensor) -> Tensor:
+    """Labels uint8 [H, W] (0 or 1) from logits [2, S, S] for a query whose original label is [H, W].
+
+    The test transform wrote the picture into the top-left corner of a square, so the logits (not the prediction) are
+    resized to a square of the longer side, bilinear with aligned corners, and what lies outside [H, W] is cut off.
+    """
+    if logits.dim() != 3 or logits.shape[0] != _LABELS or logits.shape[1] != logits.shape[2]:
+        raise ValueError(f"logits have the shape {list(logits.shape)}; expected [2, S, S]")
+    height, width = _require_label(original_label)
+    side = max(height, width)
+    resized = functional.interpolate(logits.detach().float()[None], (side, side), mode="bilinear", align_corners=True)
+    background, foreground = resized[0, :, :height, :width]
+    # the argmax of two, a tie being background; torch.argmax over a leading dimension takes a hundred times as long
+    return (foreground > background).to(torch.uint8)
+
+
+def count(prediction: Tensor, label: Tensor) -> Counts:
+    """Counts of a prediction [H, W] (0 or 1) against a label [H, W] (0, 1, or 255, which is ignored)."""
+    _require_label(label)
+    if prediction.shape != label.shape:
+        raise ValueError(
+            f"prediction has the shape {list(prediction.shape)}; expected that of the label, {list(label.shape)}"
+        )
+    # counted on the CPU: one transfer instead of a wait for the device at every check
+    prediction, label = prediction.cpu(), label.cpu()
+    kept = label != VOID
+    predicted, target = prediction[kept].long(), label[kept].long()
+    for name, values in (("prediction", predicted), ("label", target)):
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < _LABELS:
+            raise ValueError(f"{name} holds values from {int(values.min())} to {int(values.max())}; expected 0 and 1")
+    table = torch.bincount(_LABELS * target + predicted, minlength=_LABELS**2).tolist()
+    right_background, false_alarm, miss, right_class = table
+    return Counts(
+        intersection=(right_background, right_class),
+        union=(right_background + false_alarm + miss, right_class + false_alarm + miss),
+        target=(right_background + false_alarm, miss + right_class),
+    )
+
+
+class FewShotMetrics:
+    """mIoU and FB-IoU of episodes over the classes `class_ids`; all figures are fractions between 0 and 1."""
+
+    def __init__(self, class_ids: Iterable[int]) -> None:
+        ids = tuple(class_ids)
+        if not ids or len(set(ids)) != len(ids):
+            raise ValueError(f"class_ids is {ids}; expected at least one class id, each once")
+        self.counts: dict[int, Counts] = {class_id: Counts() for class_id in ids}
+        self.episodes: dict[int, int] = dict.fromkeys(ids, 0)
+
+    def update(self, logits_or_prediction: Tensor, original_label: Tensor, class_id: int) -> None:
+        """Adds one episode: logits [2, S, S], or a prediction [H, W] at the size of `original_label` [H, W]."""
+        if class_id not in self.counts:
+            raise ValueError(f"class_id is {class_id}; expected one of {list(self.counts)}")
+        prediction = logits_or_prediction
+        if prediction.dim() == 3:
+            prediction = prediction_at_original_size(prediction, original_label)
+        self.counts[class_id] += count(prediction, original_label)
+        self.episodes[class_id] += 1
+
+    def merge(self, other: FewShotMetrics) -> FewShotMetrics:
+        """The metrics of both sets of episodes together, for runs in several processes."""
+        if set(self.counts) != set(other.counts):
+            raise ValueError(f"metrics of the classes {list(other.counts)} cannot be merged into {list(self.counts)}")
+        merged = FewShotMetrics(self.counts)
+        for class_id in self.counts:
+            merged.counts[class_id] = self.counts[class_id] + other.counts[class_id]
+            merged.episodes[class_id] = self.episodes[class_id] + other.episodes[class_id]
+        return merged
+
+    @property
+    def total(self) -> Counts:
+        """Sums over the episodes of all classes."""
+        return sum(self.counts.values(), Counts())
+
+    @property
+    def class_iou(self) -> dict[int, float]:
+        """IoU of each class, from sums over its episodes; 0 for a class that was never met."""
+        return {class_id: counts.iou(1) for class_id, counts in self.counts.items()}
+
+    @property
+    def miou(self) -> float:
+        """Mean of `class_iou` over all classes asked for, whether met or not."""
+        return sum(self.class_iou.values()) / len(self.counts)
+
+    @property
+    def fb_iou(self) -> float:
+        """Mean of background and foreground IoU, both from sums over all episodes (not a mean of per-class values)."""
+        return (self.total.iou(0) + self.total.iou(1)) / _LABELS
+
+
+def _sum_pairs(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
+    return first[0] + second[0], first[1] + second[1]
+
+
+def _require_label(label: Tensor) -> tuple[int, int]:
+    if label.dim() != 2:
+        raise ValueError(f"original_label has the shape {list(label.shape)}; expected [H, W]")
+    return int(label.shape[0]), int(label.shape[1])

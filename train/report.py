@@ -1,0 +1,338 @@
+"""The demo's report: results in, one HTML file with its pictures inside and one JSON file out. Says what was measured and what
+it rests on; knows nothing of how a run is made."""
+
+from __future__ import annotations
+
+import base64
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from svf_fast.train.checkpoint import write_atomically
+from svf_fast.train.figures import Curve, PredictionRow, curves, predictions, spectra
+
+_MIB = 2**20
+_LOSS_WINDOW = 20  # steps that a point of the loss curve is the mean of
+
+
+@dataclass(frozen=True)
+class ValidationPoint:
+    """Scores on the novel classes after `step` steps; fractions."""
+
+    step: int
+    miou: float
+    fb_iou: float
+    class_iou: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StrategyResult:
+    """One tuning strategy's run. `curve` has at least one point; rates are before the schedule (None: nothing tuned)."""
+
+    name: str
+    trains: str
+    head_parameters: int
+    backbone_parameters: int
+    head_rate: float
+    backbone_rate: float | None
+    kept_bytes: int  # for backward, one episode
+    step_ms: float  # median
+    training_s: float
+    validation_s: float
+    losses: list[float]  # one a step
+    curve: list[ValidationPoint]
+
+    @property
+    def final(self) -> ValidationPoint:
+        return self.curve[-1]
+
+    @property
+    def best(self) -> ValidationPoint:
+        return max(self.curve, key=lambda point: point.miou)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of one convolution, largest first, before tuning and after, in the order they had before."""
+
+    layer: str
+    kernel: str  # such as "3×3"
+    before: list[float]
+    after: list[float]
+
+
+@dataclass(frozen=True)
+class MovedValue:
+    """A singular value that tuning moved: which one (1 is the largest), from where to where."""
+
+    layer: str
+    rank: int
+    before: float
+    after: float
+
+    @property
+    def change(self) -> float:
+        """Relative to the value before; -0.1 is a tenth less."""
+        return (self.after - self.before) / self.before
+
+
+@dataclass(frozen=True)
+class DemoResults:
+    """All that the report tells. `notes` are sentences about how it was measured; `settings` and `machine` are shown as they are."""
+
+    strategies: list[StrategyResult]
+    algorithm1_kept_bytes: int
+    spectra: list[Spectrum]
+    moved: list[MovedValue]
+    seed: int
+    class_names: list[str]
+    validation_episodes: int
+    settings: dict[str, Any]
+    machine: dict[str, str]
+    pretraining: dict[str, Any]
+    notes: list[str]
+    examples: list[PredictionRow] = field(default_factory=list)
+
+
+def write_report(results: DemoResults, folder: Path) -> Path:
+    """Write `report.html` and `results.json` into `folder` and return the first one's path; neither is ever half there."""
+    page, data = folder / "report.html", folder / "results.json"
+    text = json.dumps(_plain(results), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(data, lambda file: file.write(text.encode()))
+    html = render(results)
+    write_atomically(page, lambda file: file.write(html.encode()))
+    return page
+
+
+def render(results: DemoResults) -> str:
+    """The page as text. Raises ValueError when a run has no validation to show."""
+    for strategy in results.strategies:
+        if not strategy.curve:
+            raise ValueError(f"strategies: {strategy.name} has no validation point, expected at least one")
+    sections = [
+        _section("What was measured", _scores_table(results), _reading(results)),
+        _section("Novel-class mIoU and training loss along the way", _curve_figure(results), _caption_of_curves(results)),
+        _section("IoU of each novel class at the end", _class_table(results)),
+        _section("What training costs", _cost_table(results), _cost_note(results)),
+        _section("Singular values that moved", _spectrum_figure(results), _moved_table(results)),
+        _section("Predictions", _prediction_figure(results)),
+        _section("How it was made", _list(results.notes), _facts("Pre-training", results.pretraining)),
+        _section("Settings and machine", _facts("Settings", results.settings), _facts("Machine", results.machine)),
+    ]
+    return _PAGE.replace("{{body}}", "\n".join(sections)).replace("{{seed}}", str(results.seed))
+
+
+def _plain(results: DemoResults) -> dict[str, Any]:
+    """Everything but the pictures, with derived figures written out."""
+    plain = {key: value for key, value in vars(results).items() if key not in ("strategies", "spectra", "moved", "examples")}
+    plain["strategies"] = [
+        {**asdict(strategy), "final_miou": strategy.final.miou, "best_miou": strategy.best.miou, "best_step": strategy.best.step}
+        for strategy in results.strategies
+    ]  # fmt: skip
+    plain["spectra"] = [asdict(spectrum) for spectrum in results.spectra]
+    plain["moved"] = [{**asdict(value), "change": value.change} for value in results.moved]
+    plain["examples"] = [{"class": row.class_name, "iou": row.ious} for row in results.examples]
+    return plain
+
+
+def _scores_table(results: DemoResults) -> str:
+    rows = [
+        [
+            strategy.name,
+            strategy.trains,
+            _percent(strategy.final.miou),
+            _percent(strategy.final.fb_iou),
+            f"{_percent(strategy.best.miou)} <small>(step {strategy.best.step})</small>",
+            _percent(strategy.best.fb_iou),
+        ]
+        for strategy in results.strategies
+    ]
+    head = ["", "of the backbone trains", "final mIoU", "final FB-IoU", "best mIoU", "FB-IoU there"]
+    return _table(head, rows)
+
+
+def _reading(results: DemoResults) -> str:
+    return (
+        f"<p>Per cent. One seed ({results.seed}), one fold, {results.validation_episodes} one-shot episodes of "
+        f"{len(results.class_names)} novel classes ({escape(', '.join(results.class_names))}), the same episodes for all three. "
+        "Differences between the rows include the chance of this one run: no spread was measured, and nothing here says that a "
+        "strategy is better in general. “Best” is chosen on the episodes it is reported on, as the field does, and so flatters "
+        "all three.</p>"
+    )
+
+
+def _curve_figure(results: DemoResults) -> str:
+    scores = [Curve(s.name, [p.step for p in s.curve], [100 * p.miou for p in s.curve]) for s in results.strategies]
+    losses = [Curve(s.name, *_smoothed(s.losses)) for s in results.strategies]
+    figure = curves([("mIoU on novel classes, %", scores), (f"training loss, mean of {_LOSS_WINDOW} steps", losses)])
+    return _image(figure, "Novel-class mIoU and training loss against the training step, one line a strategy")
+
+
+def _caption_of_curves(results: DemoResults) -> str:
+    return (
+        "<p>The left plot is the kind of the paper's Figure 3, which draws mIoU on training classes where the right plot has the "
+        "training loss. All three runs start from the same backbone, the same random head and see the same episodes in the same "
+        "order.</p>"
+    )
+
+
+def _smoothed(losses: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Means of consecutive windows, at the step where each ends."""
+    window = max(1, min(_LOSS_WINDOW, len(losses)))
+    ends = range(window, len(losses) + 1, window)
+    return [float(end) for end in ends], [statistics.fmean(losses[end - window : end]) for end in ends]
+
+
+def _class_table(results: DemoResults) -> str:
+    names = list(results.strategies[0].final.class_iou)
+    rows = [[escape(name), *(_percent(s.final.class_iou[name]) for s in results.strategies)] for name in names]
+    return _table(["class", *(s.name for s in results.strategies)], rows)
+
+
+def _cost_table(results: DemoResults) -> str:
+    rows = [
+        [
+            strategy.name,
+            f"{strategy.backbone_parameters:,}",
+            f"{strategy.head_parameters:,}",
+            _rate(strategy.head_rate),
+            _rate(strategy.backbone_rate),
+            f"{strategy.kept_bytes / _MIB:.2f}",
+            f"{strategy.step_ms:.0f}",
+            f"{strategy.training_s:.0f} + {strategy.validation_s:.0f}",
+        ]
+        for strategy in results.strategies
+    ]
+    rows.append(["svf as Algorithm 1", *["–"] * 4, f"{results.algorithm1_kept_bytes / _MIB:.2f}", "–", "–"])
+    head = [
+        "",
+        "trainable, backbone",
+        "trainable, head",
+        "rate of the head",
+        "rate of the backbone",
+        "kept for backward, MiB",
+        "ms a step (median)",
+        "training + validation, s",
+    ]
+    return _table(head, rows)
+
+
+def _cost_note(results: DemoResults) -> str:
+    return (
+        "<p>Kept for backward: bytes of all tensors that autograd holds between forward and backward of one training episode "
+        "(one query, one support), parameters left out, each storage counted once. “Algorithm 1” is the paper's pseudo-code with "
+        "the released prior: three modules a convolution, plain autograd, the whole cosine matrix; its memory was counted, it was "
+        "not trained. Step times are those of the three runs, one after the other, on a machine that may have had other work.</p>"
+    )
+
+
+def _spectrum_figure(results: DemoResults) -> str:
+    if not results.spectra:
+        return "<p>No convolution of layer 3 was converted.</p>"
+    panels = [(f"{spectrum.layer} ({spectrum.kernel})", spectrum.before, spectrum.after) for spectrum in results.spectra]
+    figure = _image(spectra(panels), "Bars: the largest singular values of two convolutions, before and after tuning")
+    return figure + (
+        "<p>The largest singular values of the last 3×3 and the last 1×1 convolution of layer 3, as in the paper's Figure 6.</p>"
+    )
+
+
+def _moved_table(results: DemoResults) -> str:
+    if not results.moved:
+        return ""
+    rows = [
+        [escape(value.layer), str(value.rank), f"{value.before:.4f}", f"{value.after:.4f}", f"{100 * value.change:+.1f} %"]
+        for value in results.moved
+    ]
+    text = "<p>Of all converted convolutions, the singular values with the largest relative change:</p>"
+    return text + _table(["convolution", "rank", "before", "after", "change"], rows)
+
+
+def _prediction_figure(results: DemoResults) -> str:
+    if not results.examples:
+        return "<p>No examples were drawn.</p>"
+    figure = _image(predictions(results.examples), "Support, query and the strategies' predictions", is_wide=True)
+    return figure + (
+        "<p>For each novel class the first episode of the validation order, not chosen by looks. Models are those of the last "
+        "step; the IoU is of the one episode.</p>"
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are HTML already; the first column is a row's heading."""
+    lines = ["<div class='wide'><table><thead><tr>", *(f"<th scope='col'>{cell}</th>" for cell in head), "</tr></thead><tbody>"]
+    for first, *others in rows:
+        lines.append(f"<tr><th scope='row'>{first}</th>" + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>")
+    return "".join([*lines, "</tbody></table></div>"])
+
+
+def _facts(title: str, facts: dict[str, Any]) -> str:
+    items = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
+    return f"<h3>{escape(title)}</h3><dl>{items}</dl>"
+
+
+def _list(sentences: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
+
+
+def _image(png: bytes, description: str, *, is_wide: bool = False) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    picture = f"<img alt='{escape(description, quote=True)}' src='data:image/png;base64,{data}'>"
+    return f"<div class='wide'><div class='roomy'>{picture}</div></div>" if is_wide else f"<div>{picture}</div>"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"
+
+
+def _rate(rate: float | None) -> str:
+    return "–" if rate is None else f"{rate:.4g}"
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>svf-fast demo, seed {{seed}}</title>
+<style>
+:root { color-scheme: light; }
+body { margin: 0; background: #f5f7fa; color: #1f2933; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; margin: 1rem 0 .25rem; }
+h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
+h3 { font-size: 1rem; margin: 1rem 0 .25rem; }
+section { background: #fff; border: 1px solid #e4e7eb; border-radius: 8px; padding: 1rem; margin: 1rem 0; }
+p { margin: .6rem 0 0; color: #3e4c59; font-size: .93rem; }
+img { max-width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; }
+.roomy { min-width: 40rem; }
+table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid #e4e7eb; vertical-align: top; }
+th { font-weight: 600; }
+thead th { color: #52606d; font-weight: 500; font-size: .85rem; }
+tr > :first-child { text-align: left; }
+small { color: #7b8794; }
+dl { display: grid; grid-template-columns: minmax(8rem, 14rem) 1fr; gap: .15rem .75rem; margin: 0; font-size: .9rem; }
+dt { color: #52606d; }
+dd { margin: 0; overflow-wrap: anywhere; }
+ul { margin: 0; padding-left: 1.2rem; font-size: .93rem; color: #3e4c59; }
+</style>
+</head>
+<body>
+<main>
+<h1>Few-shot segmentation on Shapes-5i</h1>
+<p>The SVF paper's baseline method, one-shot, meta-trained three times from the same start: backbone frozen, fully tuned, and
+with only its singular values tuned. A small run on drawn pictures that shows the whole path; it is no evidence about photographs.</p>
+{{body}}
+</main>
+</body>
+</html>
+"""
