@@ -1,1 +1,3 @@
-"""Benchmarks: what is kept for backward, equality, speed, each against Algorithm 1 in the same run."""
+"""Benchmarks: bytes kept for backward, equality and speed, each against Algorithm 1 as the paper writes it.
+
+`python -m svf_fast.bench.kept`, `.episode`, `.equality`, `.speed`; each prints a table and, with `--out DIR`, writes JSON."""

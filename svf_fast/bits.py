@@ -3,7 +3,7 @@ Stock PyTorch operations only, so that it runs on any device."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def pack_nonzero(values: Tensor) -> Tensor:
     return ((flags.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _spread_table(device: torch.device) -> Tensor:
     """int64 [256]: the eight bits of the index as eight bytes of 0 or -1."""
     byte = torch.arange(256, dtype=torch.int64).unsqueeze(1)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 
-
 class Geometry(NamedTuple):
     """Stride, zero padding and dilation of the V-convolution, each (height, width), and its groups."""
 

@@ -54,7 +54,9 @@ def convert(
         parametrization in PARAMETRIZATIONS,
         f"parametrization must be one of {', '.join(PARAMETRIZATIONS)}, got {parametrization!r}",
     )
-    check(rank is None or (isinstance(rank, int) and rank >= 1), f"rank must be None or a positive integer, got {rank!r}")
+    check(
+        rank is None or (isinstance(rank, int) and rank >= 1), f"rank must be None or a positive integer, got {rank!r}"
+    )
     chosen = chosen_modules(model, targets)
     layers = {n: m for n, m in chosen.items() if isinstance(m, (nn.Conv2d, nn.Linear))}
     check(layers, f"targets match {len(chosen)} modules of {type(model).__name__} but no Conv2d or Linear among them")
@@ -64,7 +66,9 @@ def convert(
     converted: dict[str, SVFModule] = {}
     for name, layer in track(list(layers.items()), "decomposing"):
         try:
-            converted[name] = SVFConv2d(layer, **options) if isinstance(layer, nn.Conv2d) else SVFLinear(layer, **options)  # type: ignore[arg-type]
+            converted[name] = (
+                SVFConv2d(layer, **options) if isinstance(layer, nn.Conv2d) else SVFLinear(layer, **options)
+            )  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{name or 'the model'}: {error}") from None
     # from here on nothing can fail
@@ -102,7 +106,9 @@ def merge(model: nn.Module) -> nn.Module:
         merged = layer.merged()
         for key, parameter in merged.named_parameters():
             if not torch.isfinite(parameter).all():
-                raise ValueError(f"{name or 'the model'}: the merged {key} holds values that are not finite; nothing was merged")
+                raise ValueError(
+                    f"{name or 'the model'}: the merged {key} holds values that are not finite; nothing was merged"
+                )
             parameter.requires_grad_(key in layer.__dict__.get("_trained_before", ("weight", "bias")))
         plain[id(layer)] = merged
     for module in list(model.modules()):
@@ -172,15 +178,24 @@ def _refuse_what_cannot_be_exact(
         if isinstance(weight, nn.Parameter) and not isinstance(weight, nn.parameter.UninitializedParameter):
             other = owners.setdefault(id(weight), name)
             is_tied = other != name and (id(module) in chosen_ids or other in layers)
-            check(not is_tied, f"{name}: its weight is shared with {other}; one set of singular values cannot stand for both")
+            check(
+                not is_tied,
+                f"{name}: its weight is shared with {other}; one set of singular values cannot stand for both",
+            )
         if isinstance(module, nn.MultiheadAttention):
             inside = [n for n in layers if n == name or n.startswith(f"{name}.")]
-            check(not inside, f"{', '.join(inside)}: nn.MultiheadAttention reads this weight directly; leave it out of the targets")
+            check(
+                not inside,
+                f"{', '.join(inside)}: nn.MultiheadAttention reads this weight directly; leave it out of the targets",
+            )
     for name, module in chosen.items():
         label = name or "the model"
         check(not isinstance(module, SVFModule), f"{label}: already converted")
         if is_batch_norm(module) and not isinstance(module, FrozenNorm):
-            check(module.running_mean is not None, f"{label}: BatchNorm without running statistics cannot be frozen; leave it out of the targets")
+            check(
+                module.running_mean is not None,
+                f"{label}: BatchNorm without running statistics cannot be frozen; leave it out of the targets",
+            )
     for name, layer in layers.items():
         label, base = name or "the model", nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
         kind = type(layer)
@@ -192,7 +207,9 @@ def _refuse_what_cannot_be_exact(
             not getattr(layer, "parametrizations", None) and "weight" in layer._parameters,
             f"{label}: its weight is computed by a parametrization; remove that first",
         )
-        is_own_function = any(getattr(kind, f, None) is not getattr(base, f, None) for f in ("forward", "_conv_forward"))
+        is_own_function = any(
+            getattr(kind, f, None) is not getattr(base, f, None) for f in ("forward", "_conv_forward")
+        )
         check(
             not is_own_function,
             f"{label}: {kind.__name__} overrides {base.__name__}'s forward and cannot be converted exactly; leave it out of the targets",

@@ -38,7 +38,9 @@ def max_cosine(query: Tensor, support: Tensor, *, mask: Tensor | None = None, ep
         query.shape[:2] == support.shape[:2],
         f"support must have query's batch and channels {list(query.shape[:2])}, got {list(support.shape[:2])}",
     )
-    check(support.dtype == query.dtype, f"support must have query's dtype {query.dtype}, got {support.dtype}", TypeError)
+    check(
+        support.dtype == query.dtype, f"support must have query's dtype {query.dtype}, got {support.dtype}", TypeError
+    )
     check(support.device == query.device, f"support is on {support.device}, query on {query.device}")
     if mask is not None:
         expected = [support.shape[0], 1, *support.shape[2:]]
@@ -201,7 +203,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(winners)
     # how many rows won is data: unknown to a tracer, which keeps the whole support by reference instead
-    is_gathered = type(support) in (Tensor, torch.nn.Parameter) and type(winners) is Tensor
+    is_gathered = type(support) in (Tensor, torch.nn.Parameter) and type(winners) is Tensor and not support.is_meta
     source = _winning_rows(support, winners) if is_gathered else support
     if is_gathered and source.numel() >= support.numel():
         source, is_gathered = support, False

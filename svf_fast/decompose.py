@@ -35,7 +35,7 @@ def decompose(weight: Tensor, *, groups: int = 1, rank: int | None = None) -> Fa
     Computed in float64 on the weight's device and returned in float64. Signs are fixed (the largest entry of each left
     factor is positive) and the basis inside clusters of equal singular values is canonical, so that the same weight
     gives the same factors on every machine. `rank` keeps the largest `rank` singular values of every group; None keeps
-    all of them.
+    all of them. A weight on the meta device gives factors on the meta device: shapes to load a state dict into.
 
     Raises ValueError when the weight is empty or not finite, or when `rank` or `groups` does not fit it.
     """
@@ -51,6 +51,9 @@ def decompose(weight: Tensor, *, groups: int = 1, rank: int | None = None) -> Fa
     if not 1 <= rank <= limit:
         raise ValueError(f"rank must be between 1 and {limit} for a weight of shape {list(weight.shape)}, got {rank}")
 
+    if weight.is_meta:
+        u, s, v = ((weight.shape[0], rank), (groups * rank,), (groups * rank, *weight.shape[1:]))
+        return Factors(*(weight.new_empty(shape, dtype=torch.float64) for shape in (u, s, v)))
     folded = weight.detach().to(torch.float64).reshape(groups, weight.shape[0] // groups, -1)
     if not torch.isfinite(folded).all():
         raise ValueError("weight holds values that are not finite")

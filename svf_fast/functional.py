@@ -63,9 +63,7 @@ def svf_conv2d(
         # v and u are cast inside the op: a copy made here would be kept for backward
         x, residual = x.to(autocast), None if residual is None else residual.to(autocast)
     geometry = _checked_geometry(stride, padding, dilation, groups)
-    _check_tensors(
-        x, v, s, u, {"bias": bias, "scale": scale, "shift": shift}, residual, geometry, autocast is not None
-    )
+    _check_tensors(x, v, s, u, {"bias": bias, "scale": scale, "shift": shift}, residual, geometry, autocast is not None)
     check(activation in ACTIVATIONS, f"activation must be None or 'relu', got {activation!r}")
     check(save in SAVES, f"save must be one of {', '.join(SAVES)}, got {save!r}")
 
@@ -117,7 +115,7 @@ def svf_linear(
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for where x is, or None when it is off or x is float64 (which autocast leaves alone)."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -146,23 +144,42 @@ def _check_tensors(
     check(v.ndim == 4, f"v must be [R, Ci/groups, Kh, Kw], got shape {list(v.shape)}")
     check(u.ndim == 2, f"u must be [Co, R/groups], got shape {list(u.shape)}")
     groups, rank, channels = geometry.groups, v.shape[0], u.shape[0]
-    check(x.shape[1] == v.shape[1] * groups, f"x has {x.shape[1]} channels, v with groups={groups} expects {v.shape[1] * groups}")
+    check(
+        x.shape[1] == v.shape[1] * groups,
+        f"x has {x.shape[1]} channels, v with groups={groups} expects {v.shape[1] * groups}",
+    )
     check(rank % groups == 0, f"v has {rank} factors, not a multiple of groups={groups}")
     check(channels % groups == 0, f"u has {channels} output channels, not a multiple of groups={groups}")
-    check(u.shape[1] * groups == rank, f"u has {u.shape[1]} factors a group, v with groups={groups} expects {rank // groups}")
+    check(
+        u.shape[1] * groups == rank,
+        f"u has {u.shape[1]} factors a group, v with groups={groups} expects {rank // groups}",
+    )
     check(list(s.shape) == [rank], f"s must be [{rank}], one value a right factor, got shape {list(s.shape)}")
     size = geometry.output_size(x.shape[2:], v.shape[2:])
-    check(min(size) >= 1, f"x of height and width {list(x.shape[2:])} is smaller than the kernel {list(v.shape[2:])} with this padding and dilation")
+    check(
+        min(size) >= 1,
+        f"x of height and width {list(x.shape[2:])} is smaller than the kernel {list(v.shape[2:])} with this padding and dilation",
+    )
     for name, t in (("v", v), ("u", u), ("residual", residual)):
         is_right = t is None or t.dtype == x.dtype or (is_autocast and t.dtype == torch.float32)
         check(is_right, f"{name} must have x's dtype {x.dtype}, got {t.dtype if t is not None else None}", TypeError)
     for name, t in (("s", s), *vectors.items()):
         if t is None:
             continue
-        check(t.dtype in (x.dtype, torch.float32), f"{name} must be {x.dtype} (as x) or torch.float32, got {t.dtype}", TypeError)
-        check(name == "s" or list(t.shape) == [channels], f"{name} must be [{channels}], one value an output channel, got shape {list(t.shape)}")
+        check(
+            t.dtype in (x.dtype, torch.float32),
+            f"{name} must be {x.dtype} (as x) or torch.float32, got {t.dtype}",
+            TypeError,
+        )
+        check(
+            name == "s" or list(t.shape) == [channels],
+            f"{name} must be [{channels}], one value an output channel, got shape {list(t.shape)}",
+        )
     if residual is not None:
         expected = [x.shape[0], channels, *size]
-        check(list(residual.shape) == expected, f"residual must be {expected} like the output, got shape {list(residual.shape)}")
+        check(
+            list(residual.shape) == expected,
+            f"residual must be {expected} like the output, got shape {list(residual.shape)}",
+        )
     for name, t in (("v", v), ("s", s), ("u", u), ("residual", residual), *vectors.items()):
         check(t is None or t.device == x.device, f"{name} is on {t.device if t is not None else None}, x on {x.device}")

@@ -92,7 +92,9 @@ def fuse_module(module: nn.Module) -> None:
         reason = " ".join(str(error).split())[:120]
         for child in module.children():
             if isinstance(child, SVFConv2d):
-                child.fusion_note = f"alone: {type(module).__name__}.forward cannot be traced ({type(error).__name__}: {reason})"
+                child.fusion_note = (
+                    f"alone: {type(module).__name__}.forward cannot be traced ({type(error).__name__}: {reason})"
+                )
         return
     found = tuple(f for f in forwards if f is not None)
     if found:
@@ -320,5 +322,7 @@ def _describe(root: nn.Module, node: fx.Node) -> str:
     names = []
     for user in node.users:
         module = _module(root, user)
-        names.append(type(module).__name__ if module is not None else str(getattr(user.target, "__name__", user.target)))
+        names.append(
+            type(module).__name__ if module is not None else str(getattr(user.target, "__name__", user.target))
+        )
     return " and ".join(names) or "nothing"

@@ -61,7 +61,9 @@ def load_singular_values(model: nn.Module, path: str | os.PathLike[str]) -> None
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
-    check(found_format == _FORMAT, f"{path} holds no singular values: expected format {_FORMAT!r}, found {found_format!r}")
+    check(
+        found_format == _FORMAT, f"{path} holds no singular values: expected format {_FORMAT!r}, found {found_format!r}"
+    )
 
     stored = {key.rpartition(".")[0] for key in tensors}
     problems = [f"{n or 'the model'}: not in the file" for n in layers if n not in stored]
@@ -95,7 +97,10 @@ def load_svf_pytorch(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None
     the factors are its own, else it becomes the loaded S. ValueError, before anything is changed, naming every key that does not fit.
     """
     entries = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    names = sorted({k[: -len(".vector_S")] for k in entries if k.endswith(".vector_S")} | ({""} if "vector_S" in entries else set()))
+    names = sorted(
+        {k[: -len(".vector_S")] for k in entries if k.endswith(".vector_S")}
+        | ({""} if "vector_S" in entries else set())
+    )
     check(names, "state_dict holds no vector_S entry: not the released SVF layout")
     modules = dict(model.named_modules())
     problems: list[str] = []
@@ -150,7 +155,9 @@ def _misfits(name: str, module: nn.Module, u: Tensor, s: Tensor, v: Tensor, bias
         shape = [module.out_features, module.in_features]
     is_consistent = u.shape == (shape[0], len(s)) and list(v.shape[: len(shape)]) == [len(s), *shape[1:]]
     if not is_consistent or getattr(module, "groups", 1) != 1:
-        return [f"{name}: U {list(u.shape)}, S {list(s.shape)}, V {list(v.shape)} do not make a weight {shape} without groups"]
+        return [
+            f"{name}: U {list(u.shape)}, S {list(s.shape)}, V {list(v.shape)} do not make a weight {shape} without groups"
+        ]
     if (bias is None) != (module.bias is None):
         return [f"{name}: conv_U.bias is {'missing' if bias is None else 'superfluous'}"]
     return []

@@ -33,23 +33,31 @@ def kept_bytes(function: Callable[[], Any], *, owned: nn.Module | Iterable[Tenso
     return sum(storage.nbytes() for storage in seen.values())
 
 
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """Largest number of bytes allocated above the level at the start while `function()` runs, on the current device.
+def peak_bytes(function: Callable[[], Any], *, before: Callable[[], Any] = lambda: None) -> int:
+    """Largest number of bytes in use while `function()` runs, above the level before `before()`, which runs first.
 
-    CPU: from the allocator's events in PyTorch's profiler, scratch inside operations included. CUDA: from the caching allocator.
+    So `peak_bytes(backward, before=forward)` is the peak during backward, what forward kept included. CPU: from the allocator's
+    events in PyTorch's profiler, scratch inside operations included. CUDA: from the caching allocator.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+        level = torch.cuda.memory_allocated()
+        before()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         function()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - level
+    mark = "svf_fast.peak_bytes"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+        before()
+        with torch.profiler.record_function(mark):
+            function()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    start_ns = next(e.start_ns() for e in events if e.name() == mark)
     level = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         level += event.nbytes()
-        peak = max(peak, level)
+        if event.start_ns() >= start_ns:
+            peak = max(peak, level)
     return peak

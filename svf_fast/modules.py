@@ -20,9 +20,11 @@ PARAMETRIZATIONS = ("direct", "scale")
 
 def fingerprint(weight: Tensor) -> Tensor:
     """SHA-256 of a base weight's float32 values and shape, uint8 [32]: tells whether singular values fit a weight."""
-    values = weight.detach().to("cpu", torch.float32).contiguous()
+    if weight.is_meta:
+        return torch.empty(32, dtype=torch.uint8, device=weight.device)
+    values = weight.detach().to("cpu", torch.float32)
     digest = hashlib.sha256(repr(list(values.shape)).encode())
-    digest.update(values.view(torch.uint8).numpy().tobytes() if values.numel() else b"")
+    digest.update(values.numpy().tobytes())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8, device=weight.device)
 
 
@@ -85,12 +87,12 @@ class SVFModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.pop("_merged", None)
+        state.pop("_merged_cache", None)
         return state
 
     def train(self, mode: bool = True) -> SVFModule:
         # writes through `.data` leave no trace in version counters: a change of mode is where they happen
-        self.__dict__.pop("_merged", None)
+        self.__dict__.pop("_merged_cache", None)
         return super().train(mode)
 
     def _merged(self, dtype: torch.dtype, layout: torch.memory_format, norm: FrozenAffine | None) -> tuple:
@@ -101,7 +103,7 @@ class SVFModule(nn.Module):
             dtype, layout, self.is_disabled, self.parametrization, None if affine is None else id(affine[0]),
             *((t._version, t.data_ptr(), t.device) for t in sources),
         )  # fmt: skip
-        cached = self.__dict__.get("_merged")
+        cached = self.__dict__.get("_merged_cache")
         if cached is None or cached[0] != key or not _same_values(cached[1], self.s):
             weight = recompose(self.u.double(), self.singular_values().double(), self.v.double())
             bias = None if self.bias is None else self.bias.double()
@@ -114,7 +116,7 @@ class SVFModule(nn.Module):
                 weight = weight.contiguous(memory_format=layout)
             # `affine` is held so that its id stays taken
             cached = (key, self.s.detach().clone(), weight, None if bias is None else bias.to(dtype), affine)
-            self.__dict__["_merged"] = cached
+            self.__dict__["_merged_cache"] = cached
         return cached[2], cached[3]
 
 

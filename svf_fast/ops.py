@@ -112,7 +112,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, v, s, u, scale, _, residual, relu, *geometry, keep_z, keep_mask = inputs
+    x, v, s, u, scale, _, _, _, *geometry, keep_z, _ = inputs
     _, z, z_scale, mask = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(z, z_scale, mask)

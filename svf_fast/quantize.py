@@ -3,7 +3,7 @@ Only ds reads z, so the error never travels down the network (design: dx does no
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ _NOISE_LENGTH = 1_048_573
 _NOISE_SEED = 20221
 
 
-@lru_cache(maxsize=None)
+@cache
 def _noise(device: torch.device) -> Tensor:
     """Uniform [0, 1) float32 table, the same on every machine, made once a device."""
     return torch.rand(_NOISE_LENGTH, generator=torch.Generator().manual_seed(_NOISE_SEED)).to(device)
@@ -35,4 +35,3 @@ def quantize(z: Tensor) -> tuple[Tensor, Tensor]:
         part.add_(noise[: part.numel()]).floor_()
     # rounding of the scaled maximum may reach 128 with noise just under one
     return work.clamp_(-_LEVELS, _LEVELS).to(torch.int8), scale
-

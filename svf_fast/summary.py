@@ -43,7 +43,9 @@ def _kept(model: nn.Module, input_shape: Sequence[int]) -> str:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
-            owned = [mode.from_tensor(t) for t in (*model.parameters(), *model.buffers())]
+            real = [*model.parameters(), *model.buffers()]
+            # an op sees the parameter itself or its fake, depending on where it saves
+            owned = [*real, *(mode.from_tensor(t) for t in real)]
             picture = torch.empty(*input_shape, dtype=dtype, device=device)
             kept = kept_bytes(lambda: model(picture), owned=[*owned, picture])
     except Exception as error:  # any model may be summarised, also one whose forward takes something else

@@ -3,7 +3,7 @@ children, its state-dict keys and `isinstance` stay, deepcopy and pickle work, a
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -23,7 +23,7 @@ class Swapped:
         return _new_instance, (self._svf_mixin, self._svf_base), self.__getstate__()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
     namespace = {"_svf_mixin": mixin, "_svf_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
     return type(base.__name__, (mixin, base), namespace)

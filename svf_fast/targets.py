@@ -37,7 +37,9 @@ def chosen_modules(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
                 raise TypeError(f"targets must hold module-name prefixes, got {prefix!r}")
             if not any(_is_under(n, prefix) for n in names):
                 children = ", ".join(name for name, _ in model.named_children())
-                raise ValueError(f"targets: no module is named {prefix!r} or lies under it; the model has {children or 'no children'}")
+                raise ValueError(
+                    f"targets: no module is named {prefix!r} or lies under it; the model has {children or 'no children'}"
+                )
         chosen = {n: m for n, m in names.items() if any(_is_under(n, p) for p in prefixes)}
         given = f"the prefixes {prefixes}"
     if not chosen:

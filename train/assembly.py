@@ -4,6 +4,7 @@ The one place that knows both the configuration's keys and the constructors behi
 from dataclasses import dataclass
 
 import torch
+
 from svf_fast.train.backbones import build_backbone, load_backbone_weights
 from svf_fast.train.config import Config, ConfigError
 from svf_fast.train.data.episodes import EpisodeSampler

@@ -6,16 +6,19 @@ import argparse
 import re
 import statistics
 import sys
+from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
+from torch import nn
+
+import svf_fast
 from svf_fast.train.assembly import base_rates, build_model
 from svf_fast.train.config import load_config, shipped_configs
 from svf_fast.train.engine import TrainingError
 from svf_fast.train.runs import Evaluation, evaluate, train
-
-import svf_fast
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 USERS_MISTAKES = (
@@ -68,6 +71,8 @@ def _parser() -> _Parser:
     shipped = f"a YAML file, or one of: {', '.join(shipped_configs())}"
 
     demo = commands.add_parser("demo", help="the embedded end-to-end run: no downloads, a CPU is enough")
+    demo.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument("--seed", metavar="S", type=_seed, default=321, help="default: 321")
     demo.set_defaults(run=_demo, takes_overrides=False)
 
     training = commands.add_parser(
@@ -107,8 +112,7 @@ def _seed(text: str) -> int:
 def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
     from svf_fast.train.demo import run_demo  # matplotlib comes with it
 
-    run_demo()
-    return 0
+    return run_demo(options.output, options.seed)
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -147,7 +151,8 @@ def _table(evaluation: Evaluation) -> str:
 def _summary(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(options.config, overrides)
     model = build_model(config, pretrained=True)
-    print(svf_fast.summary(model.method))
+    stages = nn.Sequential(OrderedDict((name, model.method.get_submodule(name)) for name in model.method.stages))
+    print(svf_fast.summary(stages, (1, 3, config.data.size, config.data.size)))
     rates = base_rates(config, model.groups)
     print(f"tuning strategy {config.tuning.strategy}; rates before the {config.schedule.name} schedule:")
     for group in model.groups:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
 from svf_fast.train.backbones import BackboneConfig
 from svf_fast.train.methods.baseline import ShotReduction
 from svf_fast.train.methods.meta_learner import PriorLayer, Recompute

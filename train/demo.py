@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from safetensors.torch import save
+
 from svf_fast.train import demo_measures as measures
 from svf_fast.train.backbones import BackboneConfig
 from svf_fast.train.checkpoint import write_atomically

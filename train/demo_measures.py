@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+import svf_fast
 from svf_fast.memory import kept_bytes
 from svf_fast.reference import convert_naive
 from svf_fast.train.assembly import base_rates, build_model, training_sampler, validation_sampler
@@ -27,8 +29,6 @@ from svf_fast.train.methods import MetaLearner
 from svf_fast.train.methods.baseline import Baseline
 from svf_fast.train.report import MovedValue, Spectrum, StrategyResult, ValidationPoint
 from svf_fast.train.tuning import STRATEGIES, TUNED_STAGES, trainable_counts
-
-import svf_fast
 
 _TOP = 30  # singular values that the paper's Figure 6 shows
 

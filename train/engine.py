@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
+
 from svf_fast.train.assembly import base_rates
 from svf_fast.train.batches import EpisodeSource, load_ahead, training_keys
 from svf_fast.train.checkpoint import Checkpoint, RunState, load_method_state, save_checkpoint
@@ -23,7 +25,6 @@ from svf_fast.train.progress import WorkProgress
 from svf_fast.train.schedule import factor
 from svf_fast.train.tuning import ParameterGroup
 from svf_fast.train.validation import ValidationStopped, validate
-from torch import nn
 
 LAST, BEST, LOG = "last.pt", "best.pt", "log.jsonl"
 

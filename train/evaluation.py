@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from svf_fast.train.data import VOID
 from torch import Tensor
 from torch.nn import functional
+
+from svf_fast.train.data import VOID
 
 _EPSILON = 1e-10  # in the field's denominators: a class that was never met has IoU 0
 _LABELS = 2  # background and the episode's class

@@ -115,7 +115,9 @@ def render(results: DemoResults) -> str:
             raise ValueError(f"strategies: {strategy.name} has no validation point, expected at least one")
     sections = [
         _section("What was measured", _scores_table(results), _reading(results)),
-        _section("Novel-class mIoU and training loss along the way", _curve_figure(results), _caption_of_curves(results)),
+        _section(
+            "Novel-class mIoU and training loss along the way", _curve_figure(results), _caption_of_curves(results)
+        ),
         _section("IoU of each novel class at the end", _class_table(results)),
         _section("What training costs", _cost_table(results), _cost_note(results)),
         _section("Singular values that moved", _spectrum_figure(results), _moved_table(results)),
@@ -128,7 +130,9 @@ def render(results: DemoResults) -> str:
 
 def _plain(results: DemoResults) -> dict[str, Any]:
     """Everything but the pictures, with derived figures written out."""
-    plain = {key: value for key, value in vars(results).items() if key not in ("strategies", "spectra", "moved", "examples")}
+    plain = {
+        key: value for key, value in vars(results).items() if key not in ("strategies", "spectra", "moved", "examples")
+    }
     plain["strategies"] = [
         {**asdict(strategy), "final_miou": strategy.final.miou, "best_miou": strategy.best.miou, "best_step": strategy.best.step}
         for strategy in results.strategies
@@ -233,7 +237,9 @@ def _cost_note(results: DemoResults) -> str:
 def _spectrum_figure(results: DemoResults) -> str:
     if not results.spectra:
         return "<p>No convolution of layer 3 was converted.</p>"
-    panels = [(f"{spectrum.layer} ({spectrum.kernel})", spectrum.before, spectrum.after) for spectrum in results.spectra]
+    panels = [
+        (f"{spectrum.layer} ({spectrum.kernel})", spectrum.before, spectrum.after) for spectrum in results.spectra
+    ]
     figure = _image(spectra(panels), "Bars: the largest singular values of two convolutions, before and after tuning")
     return figure + (
         "<p>The largest singular values of the last 3×3 and the last 1×1 convolution of layer 3, as in the paper's Figure 6.</p>"
@@ -244,7 +250,13 @@ def _moved_table(results: DemoResults) -> str:
     if not results.moved:
         return ""
     rows = [
-        [escape(value.layer), str(value.rank), f"{value.before:.4f}", f"{value.after:.4f}", f"{100 * value.change:+.1f} %"]
+        [
+            escape(value.layer),
+            str(value.rank),
+            f"{value.before:.4f}",
+            f"{value.after:.4f}",
+            f"{100 * value.change:+.1f} %",
+        ]
         for value in results.moved
     ]
     text = "<p>Of all converted convolutions, the singular values with the largest relative change:</p>"
@@ -267,7 +279,11 @@ def _section(title: str, *parts: str) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Cells are HTML already; the first column is a row's heading."""
-    lines = ["<div class='wide'><table><thead><tr>", *(f"<th scope='col'>{cell}</th>" for cell in head), "</tr></thead><tbody>"]
+    lines = [
+        "<div class='wide'><table><thead><tr>",
+        *(f"<th scope='col'>{cell}</th>" for cell in head),
+        "</tr></thead><tbody>",
+    ]
     for first, *others in rows:
         lines.append(f"<tr><th scope='row'>{first}</th>" + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>")
     return "".join([*lines, "</tbody></table></div>"])

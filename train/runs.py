@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 from rich.console import Console
+
 from svf_fast.train.assembly import build_model, choose_device, training_sampler, validation_sampler
 from svf_fast.train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_method_state, write_atomically
 from svf_fast.train.config import Config, ConfigError, config_from_plain

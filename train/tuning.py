@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypedDict
 
-from svf_fast.train.methods import MetaLearner
 from torch import nn
 
 import svf_fast
+from svf_fast.train.methods import MetaLearner
 
 Save = Literal["exact", "int8", "recompute"]
 TUNED_STAGES = ("layer2", "layer3", "layer4")  # stem and layer 1 stay frozen in the paper's best setting (its table 8)

@@ -6,9 +6,10 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
 from svf_fast.train.batches import EpisodeSource, load_ahead
 from svf_fast.train.evaluation import FewShotMetrics
-from torch import nn
 
 
 class ValidationStopped(Exception):

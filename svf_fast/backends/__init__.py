@@ -80,7 +80,7 @@ def select(device: torch.device) -> Backend:
     return next(_entries[n].load() for n in _preference if why_unusable(n, device.type) is None)
 
 
-class backend:  # noqa: N801 - a verb used as a function and as a context manager, hence lower case
+class backend:
     """Chooses the backend of every svf_fast op: `backend("torch")` for the process, `with backend("torch"):` for a block.
 
     Names: auto (the fastest that can run on the tensor's device), torch, cpp, triton. ValueError for any other name,

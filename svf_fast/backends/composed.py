@@ -16,9 +16,7 @@ from svf_fast.contract import Geometry, dense, dense_view, fold_left
 class ComposedBackend:
     """Stock convolutions around folded weights: no pass over an activation for s, the frozen affine or the bias."""
 
-    def v_convolution(
-        self, x: Tensor, v: Tensor, geometry: Geometry, memory_format: torch.memory_format
-    ) -> Tensor:
+    def v_convolution(self, x: Tensor, v: Tensor, geometry: Geometry, memory_format: torch.memory_format) -> Tensor:
         z = F.conv2d(dense(x, memory_format), v.to(x.dtype), None, *geometry)
         return dense(z, memory_format)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor, nn
+from voc_folders import draw, line, write_label, write_picture
+
 from svf_fast.train.config import Config, config_from_plain
 from svf_fast.train.data.episodes import Episode
 from svf_fast.train.engine import Parts, Run
 from svf_fast.train.tuning import ParameterGroup
-from torch import Tensor, nn
-from voc_folders import draw, line, write_label, write_picture
 
 SIDE = 9
 QUIET = Console(quiet=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from svf_fast.train.backbones import Backbone, BackboneConfig, build_backbone, load_backbone_weights
 from torch import Tensor, nn
+
+from svf_fast.train.backbones import Backbone, BackboneConfig, build_backbone, load_backbone_weights
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 NARROW = {"width": 4, "blocks": (2, 1, 2, 1)}

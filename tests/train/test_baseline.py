@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from svf_fast.memory import kept_bytes
 from svf_fast.train.backbones import BackboneConfig, build_backbone
 from svf_fast.train.methods import Baseline, build_method
 from svf_fast.train.methods.layers import ConcatConvReLU, masked_average, segmentation_loss
 from svf_fast.train.tuning import build_strategy
-from torch import Tensor, nn
-
-from svf_fast.memory import kept_bytes
 
 BACKBONES = {
     "resnet": BackboneConfig(width=4, blocks=(1, 2, 1, 1)),

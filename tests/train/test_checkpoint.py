@@ -12,6 +12,8 @@ from typing import IO
 
 import pytest
 import torch
+from torch import nn
+
 from svf_fast.train.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -21,7 +23,6 @@ from svf_fast.train.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from torch import nn
 
 
 def checkpoint(iteration: int = 7, width: int = 4) -> Checkpoint:

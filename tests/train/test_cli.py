@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_fakes import TINY, write_voc_folder
+
 from svf_fast.train.checkpoint import load_checkpoint
 from svf_fast.train.cli import main
 from svf_fast.train.journal import read_journal

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from svf_fast.train.config import ConfigError, DataConfig, config_from_plain, load_config, shipped_configs
 
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 from run_fakes import FakeEpisodes, FakeMethod, fake_run
+from torch import Tensor
+
 from svf_fast.train import engine
 from svf_fast.train.batches import training_keys
 from svf_fast.train.checkpoint import load_checkpoint
 from svf_fast.train.engine import BEST, LAST, LOG, Run, TrainingError
 from svf_fast.train.journal import read_journal
-from torch import Tensor
 
 
 class Crash(Exception):

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from voc_folders import draw, write_folder
+
 from svf_fast.train.data.episodes import Episode, EpisodeSampler, collate
 from svf_fast.train.data.reading import read_label
 from svf_fast.train.data.transforms import Augmentation
 from svf_fast.train.data.voc import Split, VOCFolder
-from voc_folders import draw, write_folder
 
 SIZES = [(80, 90), (91, 75), (74, 128), (120, 65), (77, 77)]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from svf_fast.train.evaluation import Counts, FewShotMetrics, count, prediction_at_original_size
 from torch.nn import functional
+
+from svf_fast.train.evaluation import Counts, FewShotMetrics, count, prediction_at_original_size
 
 GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 SHAPES = [(1, 1), (1, 7), (9, 1), (33, 50), (50, 33), (64, 64)]

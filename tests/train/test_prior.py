@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from svf_fast.train.methods.prior import prior_mask
 from torch import Tensor
+
+from svf_fast.train.methods.prior import prior_mask
 
 
 def features(*shape: int, seed: int) -> Tensor:

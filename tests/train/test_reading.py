@@ -6,9 +6,10 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from voc_folders import write_label, write_picture
+
 from svf_fast.train.data.cache import PairCache
 from svf_fast.train.data.reading import image_size, read_image, read_label, read_pair
-from voc_folders import write_label, write_picture
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 1), (13, 17)])

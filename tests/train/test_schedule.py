@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from svf_fast.train.assembly import base_rates
 from svf_fast.train.config import load_config
 from svf_fast.train.schedule import SCHEDULES, Schedule, factor

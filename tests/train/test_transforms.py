@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+
 from svf_fast.train.data import transforms
 from svf_fast.train.data.transforms import MEAN, STD, Augmentation, augment, crop, fit, rotate, scale, to_tensors
 

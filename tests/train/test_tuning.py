@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+
 from svf_fast.train.backbones import BackboneConfig, build_backbone
 from svf_fast.train.methods import Baseline
 from svf_fast.train.tuning import STRATEGIES, build_strategy, trainable_counts

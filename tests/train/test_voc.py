@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from svf_fast.train.data.voc import MINIMUM_CLASS_PIXELS, VOCFolder, pascal_fold, read_classes
 from voc_folders import CLASSES, draw, line, write_folder, write_label, write_picture
+
+from svf_fast.train.data.voc import MINIMUM_CLASS_PIXELS, VOCFolder, pascal_fold, read_classes
 
 COSEG = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "voc_coseg"
 needs_coseg = pytest.mark.skipif(not COSEG.is_dir(), reason="the VOC co-segmentation photographs are not here")

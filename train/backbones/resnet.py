@@ -4,8 +4,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from svf_fast.train.backbones.base import Backbone, initialise_like_torchvision
 from torch import Tensor, nn
+
+from svf_fast.train.backbones.base import Backbone, initialise_like_torchvision
 
 EXPANSION = 4
 Stem = Literal["deep", "plain"]

@@ -1,8 +1,9 @@
 """VGG-16 with BatchNorm (configuration D), split into the stages that few-shot methods call: output stride 8 after
 ``layer2``, 16 after ``layer3`` and ``layer4``. Knows no file format and no method."""
 
-from svf_fast.train.backbones.base import STAGES, Backbone, initialise_like_torchvision
 from torch import nn
+
+from svf_fast.train.backbones.base import STAGES, Backbone, initialise_like_torchvision
 
 CONVOLUTIONS_PER_STAGE = (2, 2, 3, 3, 3)
 WIDTH_FACTORS = (1, 2, 4, 8, 8)

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from svf_fast.train.backbones.base import STAGES
 from torch import Tensor, nn
+
+from svf_fast.train.backbones.base import STAGES
 
 # never part of a backbone: the ImageNet heads of ResNet and VGG files
 CLASSIFIER_PREFIXES = ("fc.", "classifier.")

@@ -15,12 +15,13 @@ from typing import Literal
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
+
 from svf_fast.train.data import VOID
 from svf_fast.train.data.cache import PairCache
 from svf_fast.train.data.reading import Bytes
 from svf_fast.train.data.transforms import Augmentation, augment, fit, to_tensors
 from svf_fast.train.data.voc import Split
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ Form = Callable[[Floats, Floats, float], Mask]  # (u, v, variation) -> inside; u
 VOID = 255
 _SMALLEST_VISIBLE_SHARE = 0.7  # of an object after later objects were laid over it
 _LARGEST_TILT = np.pi / 4  # radians; as in photographs, most things stand more or less upright
-_LEAST_CONTRAST = 60  # largest channel difference between an object's colour and the ground under it
+# means of colours in 0–255: the ranges overlap, so that brightness helps but does not decide
+_GROUND_BRIGHTNESS = (40.0, 150.0)
+_OBJECT_BRIGHTNESS = (110.0, 235.0)
 
 
 def _polar(u: Floats, v: Floats) -> tuple[Floats, Floats]:
@@ -141,49 +143,49 @@ def _dumbbell(u: Floats, v: Floats, variation: float) -> Mask:
 
 @dataclass(frozen=True)
 class ShapeClass:
-    """One class: its name, its form, and the texture it always wears (None: any)."""
+    """One class: its name, its form, and the texture it wears in colours that mean nothing."""
 
     name: str
     form: Form
-    texture: str | None = None
+    texture: str
 
 
-# Class id = position + 1. Fold i's novel classes are 5i+1 … 5i+5: each fold has solid, thin, holed and textured ones.
+# Class id = position + 1. Fold i's novel classes are 5i+1 … 5i+5. Each fold has solid, thin and holed forms, and each
+# texture is worn by classes of several folds: neither the form's kind nor the texture alone tells a class.
 CLASSES: tuple[ShapeClass, ...] = (
-    ShapeClass("star", _star),
-    ShapeClass("ring", _ring),
-    ShapeClass("arrow", _arrow),
-    ShapeClass("checker square", _square, "checks"),
-    ShapeClass("wave", _wave),
-    ShapeClass("cross", _cross),
-    ShapeClass("dotted crescent", _crescent, "dots"),
-    ShapeClass("gear", _gear),
-    ShapeClass("comb", _comb),
-    ShapeClass("spiral", _spiral),
-    ShapeClass("heart", _heart),
-    ShapeClass("striped triangle", _triangle, "stripes"),
-    ShapeClass("letter h", _letter_h),
-    ShapeClass("zigzag", _zigzag),
-    ShapeClass("flower", _flower),
-    ShapeClass("nut", _nut),
-    ShapeClass("dotted drop", _drop, "dots"),
-    ShapeClass("chevron", _chevron),
-    ShapeClass("mouth", _mouth),
-    ShapeClass("dumbbell", _dumbbell),
+    ShapeClass("star", _star, "plain"),
+    ShapeClass("ring", _ring, "stripes"),
+    ShapeClass("arrow", _arrow, "dots"),
+    ShapeClass("square", _square, "checks"),
+    ShapeClass("wave", _wave, "grid"),
+    ShapeClass("cross", _cross, "stripes"),
+    ShapeClass("crescent", _crescent, "dots"),
+    ShapeClass("gear", _gear, "plain"),
+    ShapeClass("comb", _comb, "checks"),
+    ShapeClass("spiral", _spiral, "shade"),
+    ShapeClass("heart", _heart, "grid"),
+    ShapeClass("triangle", _triangle, "stripes"),
+    ShapeClass("letter h", _letter_h, "plain"),
+    ShapeClass("zigzag", _zigzag, "dots"),
+    ShapeClass("flower", _flower, "shade"),
+    ShapeClass("nut", _nut, "checks"),
+    ShapeClass("drop", _drop, "stripes"),
+    ShapeClass("chevron", _chevron, "shade"),
+    ShapeClass("mouth", _mouth, "grid"),
+    ShapeClass("dumbbell", _dumbbell, "plain"),
 )
-
-_FREE_TEXTURES = ("plain", "plain", "plain", "shade", "stripes", "dots")
 
 
 def _between(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(rng.random())
 
 
-def _colour(rng: np.random.Generator) -> Singles:
-    """A colour [3] in 20–235, from vivid to nearly grey."""
+def _colour(rng: np.random.Generator, low: float, high: float) -> Singles:
+    """A colour [3] of mean brightness in [low, high], from vivid to nearly grey."""
     red, green, blue, vividness = rng.random(4).tolist()
-    grey, vividness = (red + green + blue) / 3.0, 0.3 + 0.7 * vividness
-    return np.array([20.0 + 215.0 * (grey + (c - grey) * vividness) for c in (red, green, blue)], dtype=np.float32)
+    mean, grey = _between(rng, low, high), (red + green + blue) / 3.0
+    spread = 40.0 + 110.0 * vividness
+    return np.clip([mean + (c - grey) * spread for c in (red, green, blue)], 0.0, 255.0).astype(np.float32)
 
 
 def _pattern(kind: str, u: Floats, v: Floats, rng: np.random.Generator) -> Floats:
@@ -197,6 +199,8 @@ def _pattern(kind: str, u: Floats, v: Floats, rng: np.random.Generator) -> Float
         return ((u // pitch + v // pitch) % 2).astype(np.float64)
     if kind == "dots":
         return (np.hypot(u % pitch - pitch / 2, v % pitch - pitch / 2) < 0.33 * pitch).astype(np.float64)
+    if kind == "grid":
+        return (np.minimum(u % pitch, v % pitch) < 0.28 * pitch).astype(np.float64)
     if kind == "shade":
         return np.clip(0.5 + 0.5 * u, 0.0, 1.0)
     return np.zeros_like(u)
@@ -216,8 +220,7 @@ def _ground(height: int, width: int, rng: np.random.Generator) -> Singles:
         blend += 0.4 * np.sign(np.sin(columns * cosine + rows * sine) * np.sin(rows * cosine - columns * sine))
     elif kind == 3:
         blend += 0.8 * (rng.random((height, width), np.float32) - 0.5)
-    first = _colour(rng)
-    second = np.clip(first + (rng.random(3, np.float32) - 0.5) * 140.0, 0.0, 255.0)
+    first, second = _colour(rng, *_GROUND_BRIGHTNESS), _colour(rng, *_GROUND_BRIGHTNESS)
     ground = first + np.clip(blend, 0.0, 1.0)[..., None] * (second - first)
     for _ in range(int(rng.integers(3, 10))):
         _distract(ground, rng)
@@ -227,7 +230,7 @@ def _ground(height: int, width: int, rng: np.random.Generator) -> Singles:
 def _distract(ground: Singles, rng: np.random.Generator) -> None:
     """Draw one line, ellipse or splinter, small enough or plain enough to be none of the twenty forms."""
     height, width = ground.shape[:2]
-    colour = tuple(float(c) for c in _colour(rng))
+    colour = tuple(float(c) for c in _colour(rng, *_OBJECT_BRIGHTNESS))
     start = (int(rng.integers(width)), int(rng.integers(height)))
     kind = int(rng.integers(3))
     if kind == 0:
@@ -296,19 +299,15 @@ def _arrange(class_ids: list[int], height: int, width: int, size: int, rng: np.r
 
 
 def _paint(picture: Singles, thing: _Placed, rng: np.random.Generator) -> None:
-    """Colour one object, with a texture of its own, in a colour that differs from the ground under it."""
+    """Colour one object in its class's texture and darken its outline, as most drawn and many real things have it."""
     window = picture[thing.window]
-    under = np.array(cv2.mean(window, thing.inside.astype(np.uint8))[:3])
-    first = _colour(rng)
-    for _ in range(20):
-        if np.abs(first - under).max() >= _LEAST_CONTRAST:
-            break
-        first = _colour(rng)
-    kind = CLASSES[thing.class_id - 1].texture or _FREE_TEXTURES[int(rng.integers(len(_FREE_TEXTURES)))]
-    shift = np.where(rng.random(3) < 0.5, -1.0, 1.0) * _between(rng, 40.0, 90.0)
-    second = np.clip(first + shift, 0.0, 255.0)
+    first = _colour(rng, *_OBJECT_BRIGHTNESS)
+    second = first * _between(rng, 0.35, 0.65)
+    kind = CLASSES[thing.class_id - 1].texture
     share = _pattern(kind, thing.u[thing.inside], thing.v[thing.inside], rng)[:, None]
     window[thing.inside] = first + share * (second - first)
+    core = cv2.erode(thing.inside.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=1).astype(bool)
+    window[thing.inside & ~core] *= _between(rng, 0.2, 0.7)
 
 
 def _outline(inside: Mask) -> tuple[Mask, Mask]:

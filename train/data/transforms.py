@@ -14,8 +14,9 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from svf_fast.train.data import VOID
 from torch import Tensor
+
+from svf_fast.train.data import VOID
 
 # OpenCV's type stubs know no dtypes, so these two can only be told apart by name
 Picture = NDArray[Any]  # float32 [H, W, 3]

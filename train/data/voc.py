@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import track
+
 from svf_fast.train.data import VOID
 from svf_fast.train.data.reading import image_size, read_label, require_same_size
 

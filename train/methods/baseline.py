@@ -4,12 +4,13 @@ One loss, on the final map. State-dict keys are those of the authors' code."""
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
+from torch import Tensor, nn
+
 from svf_fast.train.backbones import Backbone
 from svf_fast.train.methods.layers import ASPP, ConcatConvReLU, resize, segmentation_loss
 from svf_fast.train.methods.meta_learner import MetaLearner, PriorLayer, Recompute, require_choice
 from svf_fast.train.methods.prior import CosineForm
 from svf_fast.train.seeding import seeded_initialisation
-from torch import Tensor, nn
 
 ShotReduction = Literal["mean", "sum"]
 

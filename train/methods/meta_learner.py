@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
 from svf_fast.train.backbones import Backbone
 from svf_fast.train.methods.layers import ConcatConvReLU, masked_average, resize, support_mask
 from svf_fast.train.methods.prior import CosineForm, prior_mask
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 PriorLayer = Literal["layer4", "layer3"]
 Recompute = Literal["none", "supports", "stages"]
