@@ -6,7 +6,7 @@ python -m svf_fast.bench.episode [--size 641] [--shots 5] [--check-size 161] [--
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ SETTINGS = {
 
 def build_method(setting: Setting, device: str) -> Baseline:
     """ResNet-50 baseline in training mode on `device`, prepared as `setting` says."""
-    method = Baseline(build_backbone(BackboneConfig()), recompute=setting.recompute, cosine=setting.cosine).to(device)  # type: ignore[arg-type]
+    method = Baseline(build_backbone(BackboneConfig()), recompute=setting.recompute, cosine=setting.cosine).to(device)
     if setting.strategy == "algorithm 1":
         build_strategy("freeze").apply(method)
         reference.convert_naive(method, ("layer2", "layer3", "layer4"))
@@ -79,14 +79,14 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = []
+    rows: list[dict[str, Any]] = []
     print(
         f"baseline, ResNet-50, {options.shots} shots, {options.size}×{options.size}, one episode, training mode, float32\n"
     )
     check = options.check_size
     print(f"{'setting':<46} {'kept GB':>8} {'fewer':>6}   at {check}: counted, real run (MB)")
     for name, setting in SETTINGS.items():
-        row = {"setting": name, "kept_bytes": kept(setting, "meta", options.size, options.shots)}
+        row: dict[str, Any] = {"setting": name, "kept_bytes": kept(setting, "meta", options.size, options.shots)}
         rows.append(row)
         line = f"{setting.label:<46} {row['kept_bytes'] / GB:>8.3f} {rows[0]['kept_bytes'] / row['kept_bytes']:>5.1f}×"
         if check:

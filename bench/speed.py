@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ TRAINED = ("algorithm 1", "exact", "int8", "recompute", "convolutions", "frozen"
 ALLOWANCE = {"exact": 1e-6, "recompute": 1e-6, "int8": 1e-2}
 
 
-def interleaved_seconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved_seconds(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each function in each round; every round runs all of them, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(rounds + 1):
@@ -97,14 +98,17 @@ def main() -> None:
     if merged_error > 1e-4:
         raise SystemExit(f"the merged forward differs from the original network by {merged_error:.1e}")
 
-    def forward(trunk: nn.Module) -> Callable[[], object]:
-        return lambda: step(trunk.requires_grad_(False), features, [])
-
-    training = interleaved_seconds(
-        {n: lambda t=t: step(t, features, gradients) for n, t in trunks.items()}, options.rounds
-    )  # fmt: skip
+    steps = {name: partial(step, trunk, features, gradients) for name, trunk in trunks.items()}
+    training = interleaved_seconds(steps, options.rounds)
     evaluation = interleaved_seconds(
-        {"original": forward(plain), "merged": forward(trunks["exact"]), "algorithm 1": forward(trunks["algorithm 1"])},
+        {
+            name: partial(step, trunk.requires_grad_(False), features, [])
+            for name, trunk in (
+                ("original", plain),
+                ("merged", trunks["exact"]),
+                ("algorithm 1", trunks["algorithm 1"]),
+            )
+        },
         options.rounds,
     )
     print(

@@ -91,9 +91,8 @@ def build_backbone_with_statistics(config: BackboneConfig, seed: int) -> Backbon
     with torch.no_grad():
         for module in backbone.modules():
             if isinstance(module, nn.BatchNorm2d):
-                for tensor, low in (
-                    (module.weight, 0.5), (module.running_var, 0.5), (module.bias, -0.5), (module.running_mean, -0.5),
-                ):  # fmt: skip
+                for name, low in (("weight", 0.5), ("running_var", 0.5), ("bias", -0.5), ("running_mean", -0.5)):
+                    tensor = getattr(module, name)
                     tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
     return backbone
 

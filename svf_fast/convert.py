@@ -62,13 +62,13 @@ def convert(
     check(layers, f"targets match {len(chosen)} modules of {type(model).__name__} but no Conv2d or Linear among them")
     _refuse_what_cannot_be_exact(model, chosen, layers)
 
-    options = {"rank": rank, "save": save, "parametrization": parametrization}
     converted: dict[str, SVFModule] = {}
     for name, layer in track(list(layers.items()), "decomposing"):
         try:
-            converted[name] = (
-                SVFConv2d(layer, **options) if isinstance(layer, nn.Conv2d) else SVFLinear(layer, **options)
-            )  # type: ignore[arg-type]
+            if isinstance(layer, nn.Conv2d):
+                converted[name] = SVFConv2d(layer, rank=rank, save=save, parametrization=parametrization)
+            else:
+                converted[name] = SVFLinear(layer, rank=rank, save=save, parametrization=parametrization)
         except ValueError as error:
             raise ValueError(f"{name or 'the model'}: {error}") from None
     # from here on nothing can fail

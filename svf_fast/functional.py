@@ -50,7 +50,7 @@ def svf_conv2d(
         activation: None or "relu".
         stride, padding, dilation: one integer or (height, width); padding is with zeros.
         save: what is kept for backward besides one bit an element of a ReLU's output: "exact" keeps z = conv2d(x, v);
-            "int8" keeps z as int8 (ds unbiased, relative error about 0.3 %, everything else exact); "recompute" keeps x
+            "int8" keeps z as int8 (ds unbiased, relative error below 1 %, everything else exact); "recompute" keeps x
             by reference and rebuilds z.
 
     Returns y [N, Co, Ho, Wo] in x's dtype and memory format. Gradients flow to x, s and residual, each computed only
@@ -123,16 +123,19 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def _checked_geometry(
     stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], groups: int
 ) -> Geometry:
-    pairs = []
-    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        pair = (value, value) if isinstance(value, int) else tuple(value)
-        check(
-            len(pair) == 2 and all(isinstance(n, int) and n >= least for n in pair),
-            f"{name} must be one integer or two of at least {least}, got {value!r}",
-        )
-        pairs.append(pair)
     check(isinstance(groups, int) and groups >= 1, f"groups must be a positive integer, got {groups!r}")
-    return Geometry(*pairs, groups)
+    return Geometry(
+        _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1), groups
+    )  # fmt: skip
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    check(
+        len(pair) == 2 and all(isinstance(n, int) and n >= least for n in pair),
+        f"{name} must be one integer or two of at least {least}, got {value!r}",
+    )
+    return pair[0], pair[1]
 
 
 def _check_tensors(

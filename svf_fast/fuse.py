@@ -56,7 +56,7 @@ class FusedForward(Swapped):
         for values, forward in self._fused_forwards:
             if all(self.__dict__.get(name) == value for name, value in values.items()):
                 return forward(self, *args, **kwargs)
-        return self._svf_base.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+        return self._svf_base.forward(self, *args, **kwargs)
 
 
 class _Recorder(Swapped):
@@ -111,7 +111,8 @@ def unfuse_module(module: nn.Module) -> None:
 def _trace(module: nn.Module) -> tuple[dict[str, Any], fx.Graph]:
     """The plain attributes that the module's forward reads, with their values, and its graph."""
     swap(module, _Recorder)
-    module.__dict__["_read_attributes"] = values = {}
+    values: dict[str, Any] = {}
+    module.__dict__["_read_attributes"] = values
     try:
         graph = _ModuleTracer().trace(module)
     finally:

@@ -53,7 +53,7 @@ def peak_bytes(function: Callable[[], Any], *, before: Callable[[], Any] = lambd
         before()
         with torch.profiler.record_function(mark):
             function()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     start_ns = next(e.start_ns() for e in events if e.name() == mark)
     level = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):

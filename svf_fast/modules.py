@@ -56,13 +56,12 @@ class SVFModule(nn.Module):
             f"parametrization must be one of {', '.join(PARAMETRIZATIONS)}, got {parametrization!r}",
         )
         u, s, v = decompose(weight, groups=groups, rank=rank)
-        like = {"dtype": weight.dtype, "device": weight.device}
         self.save, self.parametrization = save, parametrization
-        self.s = nn.Parameter(s.to(**like) if parametrization == "direct" else torch.ones_like(s).to(**like))
-        self.u = nn.Parameter(u.to(**like), requires_grad=False)
-        self.v = nn.Parameter(v.to(**like), requires_grad=False)
+        self.s = nn.Parameter((s if parametrization == "direct" else torch.ones_like(s)).to(weight))
+        self.u = nn.Parameter(u.to(weight), requires_grad=False)
+        self.v = nn.Parameter(v.to(weight), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.register_buffer("s0", s.to(**like))
+        self.register_buffer("s0", s.to(weight))
         self.register_buffer("base_fingerprint", fingerprint(weight))
         # the pre-trained network again, while svf_fast.disabled(model) says so
         self.is_disabled = False
@@ -169,8 +168,8 @@ class SVFConv2d(SVFModule):
 
     def merged(self) -> nn.Conv2d:
         """An ordinary convolution with W = U diag(s) Vᵀ, on the same device and with the same training mode."""
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+        conv = nn.utils.skip_init(
+            nn.Conv2d, self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
             self.groups, self.bias is not None, self.padding_mode, device=self.u.device, dtype=self.u.dtype,
         )  # fmt: skip
         conv.weight = nn.Parameter(self.merged_weight())

@@ -46,13 +46,15 @@ class NaiveSVFConv2d(nn.Module):
                 f"Algorithm 1 covers groups=1 with zero padding, got groups={conv.groups}, {conv.padding_mode!r}"
             )
         factors = decompose(conv.weight)
-        rank, like = len(factors.s), {"dtype": conv.weight.dtype, "device": conv.weight.device}
-        padding, dilation = conv.padding, conv.dilation
-        self.conv_V = nn.Conv2d(
-            conv.in_channels, rank, conv.kernel_size, conv.stride, padding, dilation, bias=False, **like
-        )  # type: ignore[arg-type]
-        self.vector_S = nn.Parameter(factors.s.to(**like).view(1, -1, 1, 1))
-        self.conv_U = nn.Conv2d(rank, conv.out_channels, 1, bias=conv.bias is not None, **like)
+        self.conv_V = nn.utils.skip_init(
+            nn.Conv2d, conv.in_channels, len(factors.s), conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            bias=False, device=conv.weight.device, dtype=conv.weight.dtype,
+        )  # fmt: skip
+        self.vector_S = nn.Parameter(factors.s.to(conv.weight).view(1, -1, 1, 1))
+        self.conv_U = nn.utils.skip_init(
+            nn.Conv2d, len(factors.s), conv.out_channels, 1, bias=conv.bias is not None, device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )  # fmt: skip
         with torch.no_grad():
             self.conv_V.weight.copy_(factors.v)
             self.conv_U.weight.copy_(factors.u[:, :, None, None])

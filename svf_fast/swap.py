@@ -3,7 +3,6 @@ children, its state-dict keys and `isinstance` stay, deepcopy and pickle work, a
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -23,10 +22,15 @@ class Swapped:
         return _new_instance, (self._svf_mixin, self._svf_base), self.__getstate__()
 
 
-@cache
-def _swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
-    namespace = {"_svf_mixin": mixin, "_svf_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(base.__name__, (mixin, base), namespace)
+_classes: dict[tuple[type, type], Any] = {}
+
+
+def _swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> Any:
+    """The class that puts `mixin` before `base`; one object a pair, so that `type(a) is type(b)` stays true."""
+    if (mixin, base) not in _classes:
+        namespace = {"_svf_mixin": mixin, "_svf_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+        _classes[mixin, base] = type(base.__name__, (mixin, base), namespace)
+    return _classes[mixin, base]
 
 
 def _new_instance(mixin: type[Swapped], base: type[nn.Module]) -> nn.Module:
@@ -42,4 +46,4 @@ def swap(module: nn.Module, mixin: type[Swapped]) -> None:
 def restore(module: nn.Module) -> None:
     """Gives a swapped module its own class back."""
     assert isinstance(module, Swapped)
-    module.__class__ = module._svf_base
+    module.__class__ = module._svf_base  # type: ignore[assignment]

@@ -55,7 +55,7 @@ class DemoSettings:
 
     seed: int = 321
     fold: int = 0
-    images: int = 2400
+    images: int = 2000
     picture_size: int = 152
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
     width: int = 16  # of the backbone; 64 is a full ResNet

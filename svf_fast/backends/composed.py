@@ -11,6 +11,7 @@ from torch import Tensor
 
 from svf_fast.bits import keep_masked, pack_nonzero
 from svf_fast.contract import Geometry, dense, dense_view, fold_left
+from svf_fast.quantize import levels
 
 
 class ComposedBackend:
@@ -68,7 +69,7 @@ class ComposedBackend:
         """Σ z ⊙ g over pictures and pixels, [R], accumulated in float32 (float64 stays)."""
         accumulate = torch.promote_types(g.dtype, torch.float32)
         if z.dtype == torch.int8:
-            z = z.to(g.dtype)
+            z = levels(z, accumulate)
         if g.is_contiguous() and z.is_contiguous():
             # per-channel dot products; twice as fast as multiply-then-sum where pixels are adjacent
             ds = torch.einsum("nrp,nrp->nr", z.flatten(2).to(accumulate), g.flatten(2).to(accumulate)).sum(0)

@@ -176,7 +176,7 @@ def make_problem(
     }
     residual = None
     if extras.get("residual"):
-        residual = (like.std(correction=0) * normal(*like.shape)).to(dtype).contiguous(memory_format=memory_format)
+        residual = (like.square().sum().sqrt() / max(like.numel(), 1) ** 0.5 * normal(*like.shape)).to(dtype).contiguous(memory_format=memory_format)
     return Problem(
         x,
         v.to(dtype),

@@ -54,7 +54,7 @@ def generate(
     root: Path,
     *,
     seed: int = 321,
-    images: int = 3000,
+    images: int = 2000,
     size: int = 152,
     on_picture: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -139,10 +139,11 @@ def _draw_to_files(root: Path, settings: Settings, index: int, palette: bytes) -
 
 
 def _choose_classes(rng: np.random.Generator) -> list[int]:
-    """Two to four objects of different classes; in a quarter of the pictures one class appears twice."""
-    chosen = [int(c) + 1 for c in rng.permutation(len(CLASSES))[: int(rng.integers(2, 5))]]
+    """One to three objects of different classes (two in half of the pictures), and in a quarter of them the first class once more."""
+    amount = (1, 2, 2, 3)[int(rng.integers(4))]
+    chosen = [int(position) + 1 for position in rng.permutation(len(CLASSES))[:amount]]
     if rng.random() < 0.25:
-        chosen[-1] = chosen[0]
+        chosen.append(chosen[0])
     return chosen
 
 
