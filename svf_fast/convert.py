@@ -58,6 +58,8 @@ def convert(
         rank is None or (isinstance(rank, int) and rank >= 1), f"rank must be None or a positive integer, got {rank!r}"
     )
     chosen = chosen_modules(model, targets)
+    converted_before = [n or "the model" for n, m in chosen.items() if isinstance(m, SVFModule)]
+    check(not converted_before, f"already converted: {', '.join(converted_before[:5])}; merge the model first")
     layers = {n: m for n, m in chosen.items() if isinstance(m, (nn.Conv2d, nn.Linear))}
     check(layers, f"targets match {len(chosen)} modules of {type(model).__name__} but no Conv2d or Linear among them")
     _refuse_what_cannot_be_exact(model, chosen, layers)
@@ -190,7 +192,6 @@ def _refuse_what_cannot_be_exact(
             )
     for name, module in chosen.items():
         label = name or "the model"
-        check(not isinstance(module, SVFModule), f"{label}: already converted")
         if is_batch_norm(module) and not isinstance(module, FrozenNorm):
             check(
                 module.running_mean is not None,

@@ -1,6 +1,7 @@
 """The house: lint, formatting and types hold; nothing imports upwards; optional packages stay optional; the README is true."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -119,3 +120,12 @@ def test_the_wheel_holds_every_package(tmp_path: Path) -> None:
         for init in (ROOT / folder).rglob("__init__.py")
     }
     assert set(packages) == expected
+
+
+@pytest.mark.slow
+def test_the_example_in_the_readme_runs(tmp_path: Path) -> None:
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert example is not None
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", example[1]], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "tuned.safetensors").stat().st_size < 200_000

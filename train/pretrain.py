@@ -27,7 +27,7 @@ _CONTEXT = 1.5  # side of a stored crop over the object's longer side; training 
 _SMALLEST_WINDOW = 0.75  # of the stored crop's side
 _LEAST_PIXELS = 300  # of a connected piece, at the label's size: less says little about the form
 _HELD_OUT_EVERY = 10  # one picture in ten tells how good the classifier is, and is not trained on
-_GROUND_SHARE = 0.3  # of the loss: enough to tell figure from ground, the classes are what matters
+_GROUND_SHARE = 0.5  # weight of the ground's loss: figure and ground have to come apart, the classes matter more
 _STATISTICS_BATCHES = 16
 
 
@@ -68,19 +68,27 @@ class _Crops:
 
 
 class _Classifier(nn.Module):
-    """The backbone with one linear layer on features averaged over a region, as few-shot prototypes are (masked average pooling)."""
+    """The backbone with one linear layer at every position, so that features say what is where and not only what is there."""
 
     def __init__(self, backbone: Backbone, classes: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.linear = nn.Linear(backbone.channels[f"layer{backbone.depth}"], classes + 1)  # the last one is the ground
+        self.linear = nn.Conv2d(backbone.channels[f"layer{backbone.depth}"], classes + 1, 1)  # the last one is the ground
 
-    def forward(self, images: Tensor, regions: Tensor) -> Tensor:
-        """images [B, 3, S, S], regions [B, M, S, S] of zeros and ones -> logits [B, M, classes + 1]."""
-        features = self.backbone(images)
-        weights = F.interpolate(regions, features.shape[-2:], mode="area")
-        weights = weights / weights.sum(dim=(2, 3), keepdim=True).clamp_min(1e-6)
-        return self.linear(torch.einsum("bmhw,bchw->bmc", weights, features))
+    def forward(self, images: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, 3, S, S], regions [B, 2, S, S] of zeros and ones (object, ground) -> log-probabilities
+        [B, classes + 1, h, w] and the regions' shares [B, 2, h, w] of every position."""
+        log_probabilities = F.log_softmax(self.linear(self.backbone(images)), dim=1)
+        return log_probabilities, F.interpolate(regions, log_probabilities.shape[-2:], mode="area")
+
+
+def _loss(log_probabilities: Tensor, shares: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the object's positions against `labels` [B] and of the ground's against the ground, each a mean."""
+    objects, ground = shares[:, 0], shares[:, 1]
+    of_class = log_probabilities[torch.arange(len(labels)), labels]
+    on_objects = -(of_class * objects).sum() / objects.sum().clamp_min(1.0)
+    on_ground = -(log_probabilities[:, -1] * ground).sum() / ground.sum().clamp_min(1.0)
+    return on_objects + _GROUND_SHARE * on_ground
 
 
 def pretrain(
@@ -94,8 +102,8 @@ def pretrain(
 ) -> Pretrained:
     """Train a classifier of `classes` on object crops from the pictures of `list_file` (`image label` a line, relative to `root`).
 
-    A crop is one object with its surroundings. Features are averaged over the object and, for an extra class "ground", over
-    what belongs to no object. The weights returned are those of the backbone alone, its BatchNorm statistics estimated
+    A crop is one object with its surroundings. Every position of the feature map is classified: on the object as its class, on
+    what belongs to no object as an extra class, "ground". The weights returned are those of the backbone alone, its BatchNorm statistics estimated
     anew for them. The same settings give the same weights on one machine and thread count. `on_step(done, all, loss)` is
     called after every step.
 
@@ -173,7 +181,6 @@ def _train(
     """Train the model in place; returns the mean loss of the last tenth of the steps."""
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    ground = torch.full((config.batch,), model.linear.out_features - 1)
     warm_up_steps = max(1, config.steps // 20)
     losses: list[float] = []
     for step in range(config.steps):
@@ -181,8 +188,7 @@ def _train(
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * decay
         patches, labels = _draw_batch(crops, config, rng)
-        logits = model(*_tensors(patches))
-        loss = F.cross_entropy(logits[:, 0], labels) + _GROUND_SHARE * F.cross_entropy(logits[:, 1], ground)
+        loss = _loss(*model(*_tensors(patches)), labels)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -220,15 +226,16 @@ def _tensors(patches: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _accuracy(model: _Classifier, crops: _Crops, config: PretrainConfig) -> float:
-    """Share of crops whose object gets its own class, each cut in the middle."""
+    """Share of crops whose object gets its own class by the vote of its positions; each is cut in the middle."""
     model.eval()
     margin = (crops.patches.shape[1] - config.crop) // 2
     middle = slice(margin, margin + config.crop)
     correct = 0
     for start in range(0, len(crops.labels), config.batch):
         these = slice(start, start + config.batch)
-        logits = model(*_tensors(crops.patches[these, middle, middle]))
-        correct += int((logits[:, 0].argmax(dim=1).numpy() == crops.labels[these]).sum())
+        log_probabilities, shares = model(*_tensors(crops.patches[these, middle, middle]))
+        votes = (log_probabilities * shares[:, :1]).sum(dim=(2, 3))
+        correct += int((votes.argmax(dim=1).numpy() == crops.labels[these]).sum())
     return correct / len(crops.labels)
 
 

@@ -65,7 +65,7 @@ CASES = (
     ConvCase(channels=(16, 33), kernel=(1, 1), padding=(0, 0), size=(13, 17), batch=1),
 )
 
-EXTRAS = (
+EXTRAS: tuple[dict[str, Any], ...] = (
     {},
     {"activation": "relu"},
     {"bias": True},
@@ -116,7 +116,7 @@ class Problem:
     s: Tensor
     u: Tensor
     dy: Tensor
-    vectors: dict[str, Tensor] = field(default_factory=dict)
+    vectors: dict[str, Any] = field(default_factory=dict)
     residual: Tensor | None = None
     keywords: dict[str, Any] = field(default_factory=dict)
 
@@ -142,12 +142,10 @@ class Problem:
         With `y` given the gradients take the ReLU's decisions from it: one element that rounding puts on the other side of
         zero is no error of the gradient's formula, and y itself is compared.
         """
-        double = Problem(
-            *(t.detach().double().contiguous() for t in (self.x, self.v, self.s, self.u, self.dy)),
-            {k: t.double() for k, t in self.vectors.items()},
-            None if self.residual is None else self.residual.detach().double().contiguous(),
-            dict(self.keywords),
-        )
+        x, v, s, u, dy = (t.detach().double().contiguous() for t in (self.x, self.v, self.s, self.u, self.dy))
+        vectors = {name: vector.double() for name, vector in self.vectors.items()}
+        residual = None if self.residual is None else self.residual.detach().double().contiguous()
+        double = Problem(x, v, s, u, dy, vectors, residual, dict(self.keywords))
         exact = double.run(function=reference.svf_conv2d)
         if y is None or self.keywords.get("activation") is None:
             return exact
@@ -171,12 +169,16 @@ def make_problem(
     x = normal(case.batch, channels_in, *case.size).to(dtype).contiguous(memory_format=memory_format)
     like = torch.nn.functional.conv2d(x.double(), weight, None, case.stride, case.padding, case.dilation, case.groups)
     vector_dtype = torch.promote_types(dtype, torch.float32)
-    vectors = {
+    vectors: dict[str, Any] = {
         name: (normal(channels_out) + 1.5).to(vector_dtype) for name in ("bias", "scale", "shift") if name in extras
     }
     residual = None
     if extras.get("residual"):
-        residual = (like.square().sum().sqrt() / max(like.numel(), 1) ** 0.5 * normal(*like.shape)).to(dtype).contiguous(memory_format=memory_format)
+        residual = (
+            (like.square().sum().sqrt() / max(like.numel(), 1) ** 0.5 * normal(*like.shape))
+            .to(dtype)
+            .contiguous(memory_format=memory_format)
+        )
     return Problem(
         x,
         v.to(dtype),

@@ -7,12 +7,13 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import svf_fast
 import torch
 import torch.nn.functional as F
 from error_ratio import assert_close
-from svf_fast.modules import SVFModule
 from torch import Tensor, nn
+
+import svf_fast
+from svf_fast.modules import SVFModule
 
 CHANNELS = 6
 
@@ -106,7 +107,9 @@ def assert_same_network(
         for _ in range(2):
             plain = flat(fused(x.clone(memory_format=torch.preserve_format), *arguments, **keywords))
             assert_close(
-                {f"out{i}": t for i, t in enumerate(plain)}, {k: v for k, v in ours.items() if k.startswith("out")}, dtype
+                {f"out{i}": t for i, t in enumerate(plain)},
+                {k: v for k, v in ours.items() if k.startswith("out")},
+                dtype,
             )
     return fused
 
@@ -119,6 +122,7 @@ def run_plain(model: nn.Module, x: Tensor, *arguments: Any, needs_dx: bool, **ke
     graph = [t for t in outs if t.requires_grad]
     if needs_dx and graph:
         total = sum((t * torch.arange(t.numel(), dtype=t.dtype).view(t.shape).cos()).sum() for t in graph)
+        assert isinstance(total, Tensor)
         (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
         result["dx"] = torch.zeros_like(x) if gradient is None else gradient
     elif needs_dx:
@@ -151,13 +155,28 @@ def forward_of(function: Callable[..., Any], base: type[nn.Module] = TwoConvs) -
     return settle(type(function.__name__, (base,), {"forward": function})())
 
 
+def add_operator(self: Any, x: Tensor) -> Tensor:
+    return self.relu(self.bn1(self.conv1(x)) + x)
+
+
+def add_its_own_input(self: Any, x: Tensor) -> Tensor:
+    h = self.relu(self.bn1(self.conv1(x)))
+    return self.relu(self.bn2(self.conv2(h)) + h)
+
+
 class Bottleneck(nn.Module):
     """As torchvision writes it."""
 
     expansion = 4
 
     def __init__(
-        self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None, groups: int = 1, dilation: int = 1
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
@@ -220,7 +239,9 @@ def shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
 
 def bottlenecks() -> nn.Module:
     return nn.Sequential(
-        Bottleneck(CHANNELS, 4, 2, shortcut(CHANNELS, 16, 2)), Bottleneck(16, 4, groups=2), Bottleneck(16, 4, dilation=2)
+        Bottleneck(CHANNELS, 4, 2, shortcut(CHANNELS, 16, 2)),
+        Bottleneck(16, 4, groups=2),
+        Bottleneck(16, 4, dilation=2),
     )
 
 
@@ -263,7 +284,9 @@ class PreActivation(nn.Module):
 class ListOfLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([conv(), nn.BatchNorm2d(CHANNELS), nn.ReLU(), conv(), nn.BatchNorm2d(CHANNELS), nn.ReLU()])
+        self.blocks = nn.ModuleList(
+            [conv(), nn.BatchNorm2d(CHANNELS), nn.ReLU(), conv(), nn.BatchNorm2d(CHANNELS), nn.ReLU()]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

@@ -6,15 +6,16 @@ import pytest
 import torch
 from conv_cases import ConvCase, make_problem
 from error_ratio import error_ratio
+from torch import Tensor
+
 from svf_fast.bits import keep_masked, pack_nonzero, packed_bytes
 from svf_fast.quantize import quantize
-from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", (0, 1, 7, 8, 9, 63, 64, 65, 1000, 4099))
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 64, 65, 1000, 4099])
 def test_a_packed_mask_keeps_exactly_the_non_zero_elements(count: int, dtype: torch.dtype) -> None:
     values = torch.randn(count, generator=torch.Generator().manual_seed(count)).relu().to(dtype)
     mask = pack_nonzero(values)
@@ -41,7 +42,7 @@ def test_special_values(dtype: torch.dtype) -> None:
     assert kept[5].isnan()
 
 
-@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_int8_is_within_one_level_and_in_zs_layout(dtype: torch.dtype, layout: torch.memory_format) -> None:
     z = torch.randn(3, 5, 17, 9, generator=torch.Generator().manual_seed(0)).to(dtype).contiguous(memory_format=layout)
@@ -99,7 +100,7 @@ def test_two_channels_with_equal_values_get_different_noise() -> None:
     assert not torch.equal(q[:, 0], q[:, 1])
 
 
-@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_more_elements_than_the_noise_table_holds(layout: torch.memory_format) -> None:
     z = torch.randn(1, 4, 600, 500, generator=torch.Generator().manual_seed(4)).contiguous(memory_format=layout)
     q, scale = quantize(z)
@@ -114,7 +115,7 @@ def test_a_zero_channel_stays_zero() -> None:
     assert scale[1] == 0
 
 
-@pytest.mark.parametrize("value", (1e-39, 1e-30, 3e38, 65504.0))
+@pytest.mark.parametrize("value", [1e-39, 1e-30, 3e38, 65504.0])
 def test_extreme_channels_keep_their_size(value: float) -> None:
     z = torch.full((1, 2, 4, 4), value)
     z[:, 1] *= -1
@@ -123,7 +124,7 @@ def test_extreme_channels_keep_their_size(value: float) -> None:
     assert error_ratio(q.double() * scale.double().view(1, -1, 1, 1), z) < 0.02
 
 
-@pytest.mark.parametrize("poison", (float("nan"), float("inf")))
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_channel_that_is_not_finite_has_no_finite_gradient(poison: float) -> None:
     """An int8 z must not hide a NaN from a loss scaler."""
     problem = make_problem(ConvCase(), torch.float32, {}, memory_format=torch.contiguous_format)

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from error_ratio import error_ratio
-from svf_fast.decompose import Factors, decompose, full_rank, recompose
 from torch import Tensor
+
+from svf_fast.decompose import Factors, decompose, full_rank, recompose
 
 SHAPES = (
     ((8, 4, 3, 3), 1), ((21, 64, 1, 1), 1), ((64, 3, 7, 7), 1), ((1, 5, 3, 3), 1), ((5, 1, 1, 1), 1), ((1, 1, 1, 1), 1),
@@ -22,8 +23,10 @@ def random_weight(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
-def test_the_factors_make_the_weight_at_exactly_full_rank(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_factors_make_the_weight_at_exactly_full_rank(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> None:
     weight = random_weight(*shape).to(dtype)
     u, s, v = decompose(weight, groups=groups)
     rank = min(shape[0] // groups, weight[0].numel())
@@ -53,7 +56,7 @@ def test_a_group_is_decomposed_by_itself() -> None:
         assert torch.allclose(whole.v[3 * group : 3 * group + 3], part.v, atol=1e-12)
 
 
-@pytest.mark.parametrize("groups", (1, 2))
+@pytest.mark.parametrize("groups", [1, 2])
 def test_a_lower_rank_is_the_best_approximation(groups: int) -> None:
     weight = random_weight(8, 4, 3, 3)
     full, low = decompose(weight, groups=groups), decompose(weight, groups=groups, rank=3)

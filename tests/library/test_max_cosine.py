@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from error_ratio import assert_close, error_ratio
+from torch import Tensor
+
 from svf_fast import cosine
 from svf_fast.functional import max_cosine
 from svf_fast.memory import kept_bytes
 from svf_fast.reference import max_cosine_matrix
-from torch import Tensor
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -29,7 +30,12 @@ def make_mask(kind: str, batch: int, height: int, width: int) -> Tensor | None:
     if kind == "one picture empty":
         draws[0] = 0
         return (draws > 0.5).double()
-    return {"binary": (draws > 0.6).double(), "soft": draws, "all zero": torch.zeros_like(draws), "all one": torch.ones_like(draws)}[kind]
+    return {
+        "binary": (draws > 0.6).double(),
+        "soft": draws,
+        "all zero": torch.zeros_like(draws),
+        "all one": torch.ones_like(draws),
+    }[kind]
 
 
 MASKS = ("none", "binary", "soft", "all zero", "all one", "one picture empty")
@@ -46,8 +52,10 @@ def run(function: Any, query: Tensor, support: Tensor, mask: Tensor | None, **ke
 
 
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("shape", ((2, 5, 4, 6, 3, 7), (1, 2, 3, 3, 3, 3), (3, 8, 1, 1, 1, 1), (1, 4, 1, 9, 5, 1)), ids=str)
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 4, 6, 3, 7), (1, 2, 3, 3, 3, 3), (3, 8, 1, 1, 1, 1), (1, 4, 1, 9, 5, 1)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_equal_to_the_matrix_form(dtype: torch.dtype, shape: tuple[int, ...], kind: str) -> None:
     batch, channels, *sizes = shape
     query = features(batch, channels, *sizes[:2], seed=0, dtype=dtype)
@@ -74,7 +82,7 @@ def test_many_tiles_and_both_layouts(
     assert out["dquery"].is_contiguous(memory_format=layouts[0])
 
 
-@pytest.mark.parametrize("kind", ("none", "binary", "soft"))
+@pytest.mark.parametrize("kind", ["none", "binary", "soft"])
 def test_the_sign_of_all_cosines_does_not_matter(kind: str) -> None:
     """Negative everywhere: a masked position has cosine 0 and wins, without a mask the least negative does."""
     query, support = features(1, 4, 3, 3, seed=4).abs(), -features(1, 4, 3, 3, seed=5).abs()
@@ -91,7 +99,7 @@ def test_sliced_and_expanded_inputs() -> None:
     assert_close(run(max_cosine, query, support, mask), run(max_cosine_matrix, query, support, mask), torch.float64)
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(dtype: torch.dtype) -> None:
     query, support = features(1, 64, 9, 9, seed=7, dtype=dtype), features(1, 64, 9, 9, seed=8, dtype=dtype)
     mask = make_mask("binary", 1, 9, 9)
@@ -107,14 +115,14 @@ def test_float16_features_of_ordinary_size_do_not_overflow() -> None:
     assert torch.allclose(value.float(), torch.ones(1, 16), atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ("none", "soft", "binary"))
+@pytest.mark.parametrize("kind", ["none", "soft", "binary"])
 def test_gradcheck(kind: str) -> None:
     query, support = (features(2, 3, 2, 3, seed=n).requires_grad_() for n in (10, 11))
     mask = make_mask(kind, 2, 2, 3)
     assert torch.autograd.gradcheck(lambda q, a: max_cosine(q, a, mask=mask), (query, support))
 
 
-@pytest.mark.parametrize("asked", ((True, False), (False, True)), ids=str)
+@pytest.mark.parametrize("asked", [(True, False), (False, True)], ids=str)
 def test_only_the_gradients_that_are_asked_for(asked: tuple[bool, bool]) -> None:
     query, support = (
         features(2, 4, 5, 5, seed=n).requires_grad_(needed) for n, needed in zip((12, 13), asked, strict=True)
@@ -137,7 +145,7 @@ def test_zero_features_have_cosine_zero_and_no_gradient_of_their_norm() -> None:
     assert all(t.isfinite().all() for t in out.values())
 
 
-@pytest.mark.parametrize("kind", ("none", "binary"))
+@pytest.mark.parametrize("kind", ["none", "binary"])
 def test_not_a_number_shows(kind: str) -> None:
     query, support = features(2, 4, 3, 3, seed=16), features(2, 4, 3, 3, seed=17)
     query[0, 0, 0, 0] = float("nan")
@@ -149,11 +157,13 @@ def test_not_a_number_shows(kind: str) -> None:
     assert torch.equal(ours.isnan(), matrix.isnan())
 
 
-@pytest.mark.parametrize("eps", (0.0, 1e-7, 0.3))
+@pytest.mark.parametrize("eps", [0.0, 1e-7, 0.3])
 def test_eps_enters_value_and_gradient(eps: float) -> None:
     query, support = features(1, 4, 3, 3, seed=18), features(1, 4, 3, 3, seed=19)
     assert_close(
-        run(max_cosine, query, support, None, eps=eps), run(max_cosine_matrix, query, support, None, eps=eps), torch.float64
+        run(max_cosine, query, support, None, eps=eps),
+        run(max_cosine_matrix, query, support, None, eps=eps),
+        torch.float64,
     )
 
 
@@ -177,7 +187,9 @@ def test_never_holds_the_matrix() -> None:
 
 def test_double_backward_is_refused() -> None:
     query = features(1, 3, 2, 2, seed=24).requires_grad_()
-    gradient = torch.autograd.grad(max_cosine(query, features(1, 3, 2, 2, seed=25)).square().sum(), query, create_graph=True)
+    gradient = torch.autograd.grad(
+        max_cosine(query, features(1, 3, 2, 2, seed=25)).square().sum(), query, create_graph=True
+    )
     with pytest.raises(RuntimeError, match=r"double backward .* not supported"):
         gradient[0].sum().backward()
 

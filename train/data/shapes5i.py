@@ -139,10 +139,10 @@ def _draw_to_files(root: Path, settings: Settings, index: int, palette: bytes) -
 
 
 def _choose_classes(rng: np.random.Generator) -> list[int]:
-    """One to three objects of different classes (two in half of the pictures), and in a quarter of them the first class once more."""
-    amount = (1, 2, 2, 3)[int(rng.integers(4))]
+    """One to three objects of different classes, as photographs in VOC have them, and in a third of the pictures one more of the first."""
+    amount = (1, 1, 2, 2, 3)[int(rng.integers(5))]
     chosen = [int(position) + 1 for position in rng.permutation(len(CLASSES))[:amount]]
-    if rng.random() < 0.25:
+    if rng.random() < 1 / 3:
         chosen.append(chosen[0])
     return chosen
 

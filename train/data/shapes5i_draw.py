@@ -263,7 +263,7 @@ class _Placed:
 
 def _place(class_id: int, height: int, width: int, size: int, rng: np.random.Generator) -> _Placed:
     """One object of random position, scale, rotation, squeeze and mirror image; it may hang over the picture's edge."""
-    radius = size * _between(rng, 0.2, 0.42)
+    radius = size * _between(rng, 0.24, 0.45)
     centre_x, centre_y = _between(rng, 0.1, 0.9) * width, _between(rng, 0.1, 0.9) * height
     angle, squeeze = _between(rng, -_LARGEST_TILT, _LARGEST_TILT), _between(rng, 0.75, 1.0)
     mirror = 1.0 if rng.random() < 0.5 else -1.0
