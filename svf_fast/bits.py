@@ -30,8 +30,8 @@ def pack_nonzero(values: Tensor) -> Tensor:
 @cache
 def _spread_table(device: torch.device) -> Tensor:
     """int64 [256]: the eight bits of the index as eight bytes of 0 or -1."""
-    byte = torch.arange(256, dtype=torch.int64).unsqueeze(1)
-    spread = -((byte >> torch.arange(8)) & 1).to(torch.int8)  # [256, 8]
+    byte = torch.arange(256, dtype=torch.int64, device="cpu").unsqueeze(1)
+    spread = -((byte >> torch.arange(8, device="cpu")) & 1).to(torch.int8)  # [256, 8]
     return spread.contiguous().view(torch.int64).reshape(256).to(device)
 
 

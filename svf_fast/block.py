@@ -3,6 +3,7 @@ forward of a block."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -51,16 +52,21 @@ def _can_chain(
     """Whether this call builds a graph in which only singular values train, with shapes and dtypes that the op takes."""
     if not torch.is_grad_enabled() or x.ndim != 4:
         return False
-    frozen = [t for conv in convs for t in (conv.u, conv.v, conv.bias)]
-    frozen += [t for norm in norms if norm is not None for t in norm.parameters()]  # type: ignore[attr-defined]
-    if any(t is not None and t.requires_grad for t in frozen) or any(conv._pads for conv in convs[1:]):
+    frozen: list[Tensor | None] = [t for conv in convs for t in (conv.u, conv.v, conv.bias)]
+    frozen += [t for norm in norms if norm is not None for t in (norm.weight, norm.bias)]
+    if any(t is not None and t.requires_grad for t in frozen) or any(conv.pads_itself for conv in convs[1:]):
         return False
-    if x.dtype != convs[0].v.dtype and autocast_dtype(x) is None:
+    convs[0].check_input(x)
+    sizes = layer_sizes(convs[0].padded_size(x), [conv.v for conv in convs], [conv.geometry for conv in convs])
+    follow_on = all(a.out_channels == b.in_channels for a, b in itertools.pairwise(convs))
+    if not follow_on or min(min(size) for size in sizes) < 1:
         return False
-    if residual is not None:
-        size = layer_sizes(convs[0].padded_size(x), [conv.v for conv in convs], [conv.geometry for conv in convs])[-1]
-        if residual.shape != (x.shape[0], convs[-1].out_channels, *size) or residual.dtype != x.dtype:
-            return False
+    if residual is not None and (
+        not isinstance(residual, Tensor)
+        or residual.shape != (x.shape[0], convs[-1].out_channels, *sizes[-1])
+        or residual.dtype != (autocast_dtype(x) or x.dtype)
+    ):
+        return False
     return any(t is not None and t.requires_grad for t in (x, residual, *(conv.s for conv in convs)))
 
 

@@ -75,6 +75,9 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     _, channels, height, width = x.shape
+    if channels > 1 and x.stride(1) == 0:
+        # one channel expanded: as torch's convolutions see it
+        return torch.contiguous_format
     channel_stride = x.stride(1) if channels > 1 else 0
     pixel_stride = x.stride(3) if width > 1 else x.stride(2) if height > 1 else 0
     return torch.channels_last if channel_stride < pixel_stride else torch.contiguous_format

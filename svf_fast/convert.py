@@ -41,8 +41,8 @@ def convert(
         rank: singular values kept per layer and group; None keeps all of them.
         save: what layers keep for backward, "exact" | "int8" | "recompute" (see `functional.svf_conv2d`). With fuse=True,
             "recompute" keeps the first z of a block and the bits of its last ReLU.
-        fuse: runs conv → BatchNorm → (+ residual) → ReLU as one op wherever that is provably the same function. Forward hooks
-            registered later on a BatchNorm or ReLU that was fused do not run.
+        fuse: runs conv → BatchNorm → (+ residual) → ReLU as one op wherever that is provably the same function. A block whose
+            children or plain attributes are changed later, or that gets hooks, runs layer by layer again.
         parametrization: "direct" trains s; "scale" trains a factor on s that starts at 1 (SVF paper, S_frozen · S_trainable).
 
     Raises ValueError or TypeError, before anything is changed, when nothing matches or a layer cannot be converted exactly
@@ -71,8 +71,8 @@ def convert(
                 converted[name] = SVFConv2d(layer, rank=rank, save=save, parametrization=parametrization)
             else:
                 converted[name] = SVFLinear(layer, rank=rank, save=save, parametrization=parametrization)
-        except ValueError as error:
-            raise ValueError(f"{name or 'the model'}: {error}") from None
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{name or 'the model'}: {error}") from None
     # from here on nothing can fail
     for name, module in chosen.items():
         _freeze(module)
@@ -82,7 +82,8 @@ def convert(
         return converted[""]
     replacements = {id(layers[n]): m for n, m in converted.items()}
     for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
+        for child_name, child in list(parent._modules.items()):
+            # not named_children(), which names a module that stands in two places once
             if id(child) in replacements:
                 setattr(parent, child_name, replacements[id(child)])
     for module in chosen.values():
@@ -102,6 +103,11 @@ def merge(model: nn.Module) -> nn.Module:
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, SVFModule)}
     check(layers, f"{type(model).__name__} holds no converted layer to merge")
+    disabled_now = [n or "the model" for n, layer in layers.items() if layer.is_disabled]
+    check(
+        not disabled_now,
+        "the model is disabled: leave svf_fast.disabled(model) before merging, or its tuning would be lost",
+    )
     plain: dict[int, nn.Module] = {}
     for name, layer in track(list(layers.items()), "merging"):
         assert isinstance(layer, (SVFConv2d, SVFLinear))
@@ -118,10 +124,9 @@ def merge(model: nn.Module) -> nn.Module:
             unfuse_module(module)
         if isinstance(module, FrozenNorm):
             thaw_norm(module)
-            module.train(model.training)
         for key in module.__dict__.pop("_trained_before", ()) if id(module) not in plain else ():
             getattr(module, key).requires_grad_(True)
-        for child_name, child in list(module.named_children()):
+        for child_name, child in list(module._modules.items()):
             if id(child) in plain:
                 setattr(module, child_name, plain[id(child)])
     return plain.get(id(model), model)
@@ -150,7 +155,9 @@ def singular_values(model: nn.Module) -> dict[str, nn.Parameter]:
 def _freeze(module: nn.Module) -> None:
     """Freezes a module's own parameters and notes which of them trained, for `merge`."""
     own = [(key, p) for key, p in module.named_parameters(recurse=False)]
-    module.__dict__["_trained_before"] = tuple(key for key, p in own if p.requires_grad)
+    trained = [key for key, p in own if p.requires_grad]
+    # a module may be within the targets of two conversions
+    module.__dict__["_trained_before"] = tuple({*module.__dict__.get("_trained_before", ()), *trained})
     for _, parameter in own:
         parameter.requires_grad_(False)
 
@@ -215,6 +222,10 @@ def _refuse_what_cannot_be_exact(
             not is_own_function,
             f"{label}: {kind.__name__} overrides {base.__name__}'s forward and cannot be converted exactly; leave it out of the targets",
             TypeError,
+        )
+        check(
+            "forward" not in layer.__dict__,
+            f"{label}: its forward was replaced on the instance; a conversion would lose that",
         )
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         check(

@@ -30,6 +30,8 @@ def max_cosine(query: Tensor, support: Tensor, *, mask: Tensor | None = None, ep
     Differentiable in query and support through the winning position of each query position. Kept for backward: query by
     reference, one integer a query position, and the support rows that won somewhere.
     """
+    for name, t in (("query", query), ("support", support), *((("mask", mask),) if mask is not None else ())):
+        check(isinstance(t, Tensor), f"{name} must be a tensor, got {type(t).__name__}", TypeError)
     for name, t in (("query", query), ("support", support)):
         check(t.ndim == 4, f"{name} must be [B, C, H, W], got shape {list(t.shape)}")
         check(t.is_floating_point(), f"{name} must be floating point, got {t.dtype}", TypeError)
@@ -75,6 +77,7 @@ def max_cosine_op(query: Tensor, support: Tensor, mask: Tensor | None, eps: floa
 def _stream(q: Tensor, a: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """One picture: q [C, Nq], a [C, Ns], weight [Ns] → largest cosine [Nq] and its position [Nq]."""
     precise = _accumulation_dtype(q)
+    q = q.to(precise)
     q_norm = torch.linalg.vector_norm(q, dim=0, dtype=precise)
     best = q.new_full((q.shape[1],), -torch.inf, dtype=precise)
     winner = torch.zeros(q.shape[1], dtype=torch.int64, device=q.device)
@@ -89,10 +92,10 @@ def _stream(q: Tensor, a: Tensor, weight: Tensor | None, eps: float) -> tuple[Te
     tile = max(_TILE_ELEMENTS // q.shape[1], 1)
     for start in range(0, count, tile):
         chosen = slice(start, start + tile) if positions is None else positions[start : start + tile]
-        rows = a[:, chosen].mT  # [t, C]
+        rows = a[:, chosen].mT.to(precise)  # [t, C]
         if weight is not None:
             rows = rows * weight[chosen].unsqueeze(1)
-        cosine = (rows @ q).to(precise)
+        cosine = rows @ q
         norms = torch.outer(torch.linalg.vector_norm(rows, dim=1, dtype=precise), q_norm)
         value, position = cosine.div_(norms.add_(eps)).max(0)
         position = position + start if positions is None else positions[start + position]
@@ -100,7 +103,7 @@ def _stream(q: Tensor, a: Tensor, weight: Tensor | None, eps: float) -> tuple[Te
         wins = (value > best) | value.isnan()
         best = torch.where(wins, value, best)
         winner = torch.where(wins, position, winner)
-    return best.to(q.dtype), winner.to(torch.int32)
+    return best.to(a.dtype), winner.to(torch.int32)
 
 
 @max_cosine_op.register_fake

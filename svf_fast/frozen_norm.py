@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svf_fast.contract import check
 from svf_fast.swap import Swapped, restore, swap
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -19,6 +20,8 @@ class FrozenNorm(Swapped):
     training: bool
 
     def train(self, mode: bool = True) -> nn.Module:
+        # what `merge` gives back is in the mode that was asked for last
+        self.__dict__["_asked_mode"] = mode
         return super().train(False)  # type: ignore[misc]
 
 
@@ -31,22 +34,37 @@ class FrozenAffine(FrozenNorm):
     running_var: Tensor
     eps: float
     num_features: int
+    _check_input_dim: Any
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Any:
         state = super().__getstate__()
         state.pop("_scale_and_shift", None)
         return state
 
+    def train(self, mode: bool = True) -> nn.Module:
+        # writes through `.data` leave no trace in version counters: a change of mode is where they happen
+        self.__dict__.pop("_scale_and_shift", None)
+        return super().train(mode)
+
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """scale = γ / √(σ² + ε) and shift = β − μ · scale, [C] each; cached until one of the four tensors changes."""
+        """scale = γ / √(σ² + ε) and shift = β − μ · scale, [C] each.
+
+        On a GPU, where four launches cost more than four short vectors, cached until one of the sources changes.
+        """
         sources = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
         if torch.compiler.is_compiling() or any(t.requires_grad for t in sources):
             return self._compute()
-        key = [(t._version, t.data_ptr(), t.dtype, t.device) for t in sources]
+        if sources[-1].device.type != "cuda" or any(t.is_inference() for t in sources):
+            with torch.no_grad():
+                return self._compute()
+        key = (self.eps, *((t._version, t.data_ptr(), t.dtype, t.device) for t in sources))
         cached = self.__dict__.get("_scale_and_shift")
         if cached is None or cached[0] != key:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 cached = (key, self._compute())
+            if type(cached[1][0]) is not Tensor:
+                # a tracer's stand-in must not outlive the trace
+                return cached[1]
             self.__dict__["_scale_and_shift"] = cached
         return cached[1]
 
@@ -60,6 +78,8 @@ class FrozenAffine(FrozenNorm):
         return scale, shift
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        check(x.shape[1] == self.num_features, f"x must have {self.num_features} channels, got shape {list(x.shape)}")
         channels = (1, -1) + (1,) * (x.ndim - 2)
         scale, shift = (t.to(x.dtype).view(channels) for t in self.scale_and_shift())
         return x * scale + shift
@@ -76,10 +96,14 @@ def freeze_norm(module: nn.Module) -> None:
         return
     if module.running_mean is None:
         raise ValueError("BatchNorm without running statistics cannot be frozen")
+    mode = module.training
     swap(module, FrozenAffine if type(module) in _PLAIN else FrozenNorm)
-    module.eval()
+    module.train(mode)
 
 
 def thaw_norm(module: nn.Module) -> None:
-    """Undoes `freeze_norm`."""
+    """Undoes `freeze_norm`; the module is in the mode that was asked for last."""
+    module.__dict__.pop("_scale_and_shift", None)
+    mode = module.__dict__.pop("_asked_mode")
     restore(module)
+    module.train(mode)

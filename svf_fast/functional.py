@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from svf_fast import ops, reference
@@ -58,6 +59,10 @@ def svf_conv2d(
     is lost. Under autocast x and residual are cast to its dtype, and the op computes in it. Raises ValueError or TypeError naming the
     argument. Double backward raises RuntimeError.
     """
+    for name, needed in (("x", x), ("v", v), ("s", s), ("u", u)):
+        check(isinstance(needed, Tensor), f"{name} must be a tensor, got {type(needed).__name__}", TypeError)
+    for name, given in (("bias", bias), ("scale", scale), ("shift", shift), ("residual", residual)):
+        check(given is None or isinstance(given, Tensor), f"{name} must be a tensor, got {type(given).__name__}", TypeError)
     autocast = autocast_dtype(x)
     if autocast is not None:
         # v and u are cast inside the op: a copy made here would be kept for backward
@@ -102,10 +107,15 @@ def svf_linear(
     x [..., In], v [R, In], s [R], u [Out, R], bias [Out] → y [..., Out] in x's dtype; the other arguments, errors and
     what is kept are those of `svf_conv2d`.
     """
+    for name, t in (("x", x), ("v", v)):
+        check(isinstance(t, Tensor), f"{name} must be a tensor, got {type(t).__name__}", TypeError)
     check(x.ndim >= 1, "x must have at least one dimension, got a scalar")
     check(v.ndim == 2, f"v must be [R, In], got shape {list(v.shape)}")
     check(x.shape[-1] == v.shape[1], f"x has {x.shape[-1]} features, v expects {v.shape[1]}")
     rows = x.numel() // max(x.shape[-1], 1)
+    if rows == 0:
+        y = F.linear(F.linear(x, v) * s, u, bias)
+        return torch.relu(y) if activation == "relu" else y
     # rows of features are the pixels of a channels_last picture
     pixels = x.reshape(1, rows, 1, x.shape[-1]).permute(0, 3, 1, 2)
     y = svf_conv2d(pixels, v[:, :, None, None], s, u, bias=bias, activation=activation, save=save)
@@ -130,7 +140,7 @@ def _checked_geometry(
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     check(
         len(pair) == 2 and all(isinstance(n, int) and n >= least for n in pair),
         f"{name} must be one integer or two of at least {least}, got {value!r}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,120 +14,158 @@ from torch import fx, nn
 from svf_fast.block import run_chain
 from svf_fast.frozen_norm import FrozenAffine
 from svf_fast.modules import SVFConv2d
+from svf_fast.plain_forward import watched_attributes
 from svf_fast.swap import Swapped, restore, swap
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _RELUS = (F.relu, torch.relu, torch.relu_, F.relu_)
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, torch.relu_, F.relu_)
+# Modules that write to nothing but themselves (an `inplace` attribute set to True aside).
+_PURE = (
+    SVFConv2d, FrozenAffine, nn.Conv2d, nn.Linear, nn.Identity, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.MaxPool2d,
+    nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Dropout, nn.Dropout2d, nn.Flatten,
+    nn.Sequential,
+)  # fmt: skip
 # A longer run of convolutions is cut: all that lies between two kept z is rebuilt at once in backward.
 _LONGEST_CHAIN = 4
 
 
 class FusedForward(Swapped):
-    """Mixin: runs the rewritten forward of the module while what it was derived from holds, else the written one.
+    """Mixin: runs the rewritten forward of the module while everything that it was derived from still holds, else the written
+    one, which is the same function layer by layer. The rewriting is redone, not stored, when a copy is made."""
 
-    Tracing fixes the plain attributes that a forward reads (`self.training`, say), so each rewritten forward carries the
-    values it was traced with. The rewriting is redone, not stored, when a copy is made.
-    """
+    _fused: tuple[_Rewritten, ...]
 
-    # (attribute values, forward) pairs
-    _fused_forwards: tuple[tuple[dict[str, Any], Callable[..., Any]], ...]
-
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Any:
         state = super().__getstate__()
-        state.pop("_fused_forwards", None)
+        if isinstance(state, dict):
+            state.pop("_fused", None)
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         restore(self)  # type: ignore[arg-type]
         fuse_module(self)  # type: ignore[arg-type]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module) or name in self.__dict__["_modules"]:
-            self.__dict__["_fused_forwards"] = ()
-        super().__setattr__(name, value)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        self.__dict__["_fused_forwards"] = ()
-        super().add_module(name, module)  # type: ignore[misc]
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for values, forward in self._fused_forwards:
-            if all(self.__dict__.get(name) == value for name, value in values.items()):
-                return forward(self, *args, **kwargs)
+        for rewritten in self._fused:
+            if rewritten.holds(self, args) and not kwargs:
+                return rewritten.forward(self, *args)
         return self._svf_base.forward(self, *args, **kwargs)
 
 
-class _Recorder(Swapped):
-    """Mixin while tracing: notes the plain attributes that the forward reads."""
+class _Rewritten(NamedTuple):
+    """A rewritten forward, and what it was derived from: plain attribute values, and who was whose child."""
 
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if not name.startswith("_"):
-            own = super().__getattribute__("__dict__")
-            if name in own and "_read_attributes" in own:
-                own["_read_attributes"][name] = value
-        return value
+    forward: Callable[..., Any]
+    watched: dict[str, Any]
+    # modules on traced paths and their children then; None stands for the module itself (no reference cycle)
+    families: tuple[tuple[nn.Module | None, tuple[nn.Module | None, ...]], ...]
+    # modules that the fusion takes the place of: a hook on one of them has to run
+    silenced: tuple[nn.Module, ...]
+
+    def holds(self, module: Any, args: tuple[Any, ...]) -> bool:
+        own = module.__dict__
+        if any(own.get(name, module) != value for name, value in self.watched.items()):
+            return False
+        if torch.compiler.is_compiling():
+            # the compiler guards modules and hooks itself
+            return True
+        if not all(isinstance(arg, torch.Tensor) for arg in args):
+            return False
+        for parent, children in self.families:
+            now = (module if parent is None else parent)._modules
+            if len(now) != len(children) or any(a is not b for a, b in zip(now.values(), children, strict=True)):
+                return False
+        return not any(_has_hooks(m) for m in self.silenced)
+
+
+class _InPlaceProxy(fx.Proxy):
+    """A traced value whose augmented assignments stay in place; fx's own proxies turn `a += b` into `a = a + b`."""
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return apply
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_InPlaceProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
 
 
 class _ModuleTracer(fx.Tracer):
-    """Traces one module's own forward; every module below it is a leaf."""
+    """Traces one module's own forward; every module below it is a leaf, and buffers stay what they are at each call."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _InPlaceProxy(node, self)
+
 
 def fuse_module(module: nn.Module) -> None:
     """Fuses, in place, what can be fused in `module`'s own forward, and notes on every SVFConv2d that the forward calls
-    what became of it. A forward that torch.fx cannot trace stays as it is."""
+    what became of it. A forward that is not plain (see plain_forward) or cannot be traced stays as it is."""
+    if isinstance(module, FusedForward):
+        unfuse_module(module)
     try:
-        values, graph = _trace(module)
-        forwards = [_rewritten(module, values, graph)]
-        if "training" in values:
+        watched = watched_attributes(module)
+        rewritten = [_rewrite(module, watched)]
+        if "training" in watched:
             module.training = not module.training
-            forwards.append(_rewritten(module, *_trace(module)))
-            module.training = not module.training
-    except Exception as error:  # whatever a user's forward raises on symbolic values: the layer-by-layer form is right
+            try:
+                rewritten.append(_rewrite(module, {**watched, "training": module.training}))
+            finally:
+                module.training = not module.training
+    except (
+        Exception
+    ) as error:  # tracing raises whatever a forward raises on symbolic values; layer by layer is always right
         reason = " ".join(str(error).split())[:120]
         for child in module.children():
             if isinstance(child, SVFConv2d):
-                child.fusion_note = (
-                    f"alone: {type(module).__name__}.forward cannot be traced ({type(error).__name__}: {reason})"
-                )
+                child.fusion_note = f"alone: {type(module).__name__}.forward {reason}"
         return
-    found = tuple(f for f in forwards if f is not None)
+    found = tuple(r for r in rewritten if r is not None)
     if found:
-        module.__dict__["_fused_forwards"] = found
+        module.__dict__["_fused"] = found
         swap(module, FusedForward)
 
 
 def unfuse_module(module: nn.Module) -> None:
     """Undoes `fuse_module`."""
-    module.__dict__.pop("_fused_forwards", None)
+    module.__dict__.pop("_fused", None)
     restore(module)
 
 
-def _trace(module: nn.Module) -> tuple[dict[str, Any], fx.Graph]:
-    """The plain attributes that the module's forward reads, with their values, and its graph."""
-    swap(module, _Recorder)
-    values: dict[str, Any] = {}
-    module.__dict__["_read_attributes"] = values
-    try:
-        graph = _ModuleTracer().trace(module)
-    finally:
-        del module.__dict__["_read_attributes"]
-        restore(module)
-    return values, graph
-
-
-def _rewritten(
-    module: nn.Module, values: dict[str, Any], graph: fx.Graph
-) -> tuple[dict[str, Any], Callable[..., Any]] | None:
+def _rewrite(module: nn.Module, watched: dict[str, Any]) -> _Rewritten | None:
+    """The fused forward under the watched values, or None where nothing fuses."""
+    graph = _ModuleTracer().trace(module)
+    paths = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    leaves = [m for p in paths if isinstance(m := _at(module, p), nn.Module)]
+    parents = {"", *(p.rpartition(".")[0] for p in paths)}
+    parents |= {".".join(p.split(".")[:i]) for p in parents for i in range(len(p.split(".")))}
+    families = tuple(
+        (None if parent is module else parent, tuple(parent._modules.values()))
+        for parent in map(module.get_submodule, sorted(parents))
+    )
     if not _fuse_graph(module, graph):
         return None
+    remaining = {id(_at(module, str(n.target))) for n in graph.nodes if n.op == "call_module"}
+    silenced = tuple(m for m in leaves if id(m) not in remaining or isinstance(m, SVFConv2d))
     # only the generated function is taken: it reads its modules from the instance that it is called on
-    return values, type(fx.GraphModule(module, graph)).forward
+    generated = fx.GraphModule(module, graph)
+    generated._modules.clear()
+    return _Rewritten(type(generated).forward, watched, families, silenced)
+
+
+def _at(root: nn.Module, path: str) -> Any:
+    found: Any = root
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def _module(root: nn.Module, node: Any) -> nn.Module | None:
@@ -214,6 +252,8 @@ def _chain(root: nn.Module, graph: fx.Graph, fused: list[fx.Node]) -> bool:
     while waiting:
         links = [waiting.pop(0)]
         while len(links) < _LONGEST_CHAIN and (following := _next_link(links[-1], waiting)) is not None:
+            if _mutation_between(root, graph, [*links, following]) is not None:
+                break
             waiting.remove(following)
             links.append(following)
         convs = [_attribute(graph, links[-1], str(link.target)) for link in links]
@@ -302,13 +342,20 @@ def _mutation_between(root: nn.Module, graph: fx.Graph, taken: list[fx.Node]) ->
 def _may_write_in_place(root: nn.Module, node: fx.Node) -> bool:
     module = _module(root, node)
     if module is not None:
-        return any(getattr(m, "inplace", False) for m in module.modules())
+        # a module of a class unknown here may do anything
+        return not all(_is_pure(m) for m in module.modules())
     if node.op == "call_method":
         return str(node.target).endswith("_")
     name = getattr(node.target, "__name__", "")
+    is_augmented = getattr(operator, name, None) is node.target and name.startswith("i") and hasattr(operator, name[1:])
     return node.op == "call_function" and (
-        node.target in _IN_PLACE or bool(node.kwargs.get("inplace")) or "out" in node.kwargs or name.endswith("_")
+        is_augmented or bool(node.kwargs.get("inplace")) or "out" in node.kwargs or name.endswith("_")
     )
+
+
+def _is_pure(module: nn.Module) -> bool:
+    own = module._svf_base if isinstance(module, Swapped) else type(module)
+    return own in _PURE and not getattr(module, "inplace", False) and not _has_hooks(module)
 
 
 def _has_hooks(module: nn.Module | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,14 +33,14 @@ def save_singular_values(model: nn.Module, path: str | os.PathLike[str]) -> None
         for key, value in (("s", s), ("s0", layer.s0), ("base_fingerprint", layer.base_fingerprint)):
             tensors[_key(name, key)] = value.detach().cpu().contiguous().clone()
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".", suffix=".part")
-    os.close(handle)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         save_file(tensors, temporary, metadata={"format": _FORMAT})
         os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_singular_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -76,12 +75,17 @@ def load_singular_values(model: nn.Module, path: str | os.PathLike[str]) -> None
             problems.append(f"{name}: the file lacks {', '.join(missing)}")
             continue
         s, mark = tensors[_key(name, "s")], tensors[_key(name, "base_fingerprint")]
-        if s.shape != layer.s.shape:
-            problems.append(f"{name}: rank {len(s)} in the file, {layer.rank} in the model")
+        s0, own_s0 = tensors[_key(name, "s0")].double().cpu(), layer.s0.detach().double().cpu()
+        if s.shape != layer.s.shape or s0.shape != layer.s.shape:
+            problems.append(f"{name}: rank {s.numel()} in the file, {layer.rank} in the model")
         elif not torch.equal(mark, layer.base_fingerprint.cpu()):
             problems.append(f"{name}: made for other base weights")
         elif not torch.isfinite(s).all():
             problems.append(f"{name}: values that are not finite")
+        elif (s0 - own_s0).abs().max() > _s0_tolerance(layer) * own_s0.max():
+            problems.append(f"{name}: its base singular values are not those of the model's factors")
+        elif layer.parametrization == "scale" and (s[own_s0 == 0] != 0).any():
+            problems.append(f"{name}: values on zero singular values, which a scale cannot express")
     check(not problems, f"{path} does not fit the model; nothing was loaded. " + "; ".join(problems))
     with torch.no_grad():
         for name, layer in layers.items():
@@ -96,7 +100,8 @@ def load_svf_pytorch(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None
     merged weight. All other entries load under their own names. A `module.` prefix is dropped. s₀ stays the base weight's where
     the factors are its own, else it becomes the loaded S. ValueError, before anything is changed, naming every key that does not fit.
     """
-    entries = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    is_wrapped = all(k.startswith("module.") for k in state_dict) and not hasattr(model, "module")
+    entries = {k.removeprefix("module.") if is_wrapped else k: v for k, v in state_dict.items()}
     names = sorted(
         {k[: -len(".vector_S")] for k in entries if k.endswith(".vector_S")}
         | ({""} if "vector_S" in entries else set())
@@ -137,6 +142,11 @@ def load_svf_pytorch(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None
                 module.bias.copy_(bias)
 
 
+def _s0_tolerance(layer: SVFModule) -> float:
+    """How far two decompositions of one weight may be apart, relative to the largest singular value."""
+    return 16 * torch.finfo(layer.s0.dtype).eps
+
+
 def _layers(model: nn.Module) -> dict[str, SVFModule]:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, SVFModule)}
     check(layers, f"{type(model).__name__} holds no converted layer; convert it first")
@@ -158,6 +168,8 @@ def _misfits(name: str, module: nn.Module, u: Tensor, s: Tensor, v: Tensor, bias
         return [
             f"{name}: U {list(u.shape)}, S {list(s.shape)}, V {list(v.shape)} do not make a weight {shape} without groups"
         ]
+    if not all(torch.isfinite(t).all() for t in (u, s, v)):
+        return [f"{name}: values that are not finite"]
     if (bias is None) != (module.bias is None):
         return [f"{name}: conv_U.bias is {'missing' if bias is None else 'superfluous'}"]
     return []
@@ -170,10 +182,12 @@ def _set_factors(layer: SVFModule, u: Tensor, s: Tensor, v: Tensor) -> None:
     s0 = torch.einsum("or,oi,ri->r", u64, base.flatten(1), v64.flatten(1))
     left_out = (base - recompose(u64, s0, v64)).norm()
     best = decompose(base, rank=len(s))
-    is_same_base = left_out <= (base - recompose(best.u, best.s, best.v)).norm() + 1e-3 * base.norm()
+    is_same_base = left_out <= (base - recompose(best.u, best.s, best.v)).norm() + 1e-5 * base.norm()
     if not is_same_base:
         s0 = s.to(base)
-        layer.base_fingerprint.copy_(fingerprint(recompose(u64, s0, v64).to(layer.u.dtype)))
+    if not is_same_base or (s0 - best.s).abs().max() > 1e-5 * best.s.max():
+        # files of values fit factors in this order only
+        layer.base_fingerprint.copy_(fingerprint(torch.cat([u64.flatten(), v64.flatten()])))
     like = layer.u
     if len(s) == layer.rank:
         layer.u.copy_(u)

@@ -33,13 +33,13 @@ def kept_bytes(function: Callable[[], Any], *, owned: nn.Module | Iterable[Tenso
     return sum(storage.nbytes() for storage in seen.values())
 
 
-def peak_bytes(function: Callable[[], Any], *, before: Callable[[], Any] = lambda: None) -> int:
+def peak_bytes(function: Callable[[], Any], *, before: Callable[[], Any] = lambda: None, device: str = "cpu") -> int:
     """Largest number of bytes in use while `function()` runs, above the level before `before()`, which runs first.
 
     So `peak_bytes(backward, before=forward)` is the peak during backward, what forward kept included. CPU: from the allocator's
     events in PyTorch's profiler, scratch inside operations included. CUDA: from the caching allocator.
     """
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.synchronize()
         level = torch.cuda.memory_allocated()
         before()

@@ -57,11 +57,11 @@ class SVFModule(nn.Module):
         )
         u, s, v = decompose(weight, groups=groups, rank=rank)
         self.save, self.parametrization = save, parametrization
-        self.s = nn.Parameter((s if parametrization == "direct" else torch.ones_like(s)).to(weight))
+        self.s = nn.Parameter((s if parametrization == "direct" else torch.ones_like(s)).to(weight, copy=True))
         self.u = nn.Parameter(u.to(weight), requires_grad=False)
         self.v = nn.Parameter(v.to(weight), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.register_buffer("s0", s.to(weight))
+        self.register_buffer("s0", s.to(weight, copy=True))
         self.register_buffer("base_fingerprint", fingerprint(weight))
         # the pre-trained network again, while svf_fast.disabled(model) says so
         self.is_disabled = False
@@ -79,15 +79,30 @@ class SVFModule(nn.Module):
             return self.s0
         return self.s if self.parametrization == "direct" else self.s0 * self.s
 
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight, differentiable in `s`: for code that reads a layer's weight instead of calling it."""
+        return recompose(self.u, self.singular_values(), self.v)
+
     def merged_weight(self) -> Tensor:
         """U diag(s) Vᵀ in the base weight's shape and dtype, computed in float64."""
         with torch.no_grad():
             return recompose(self.u.double(), self.singular_values().double(), self.v.double()).to(self.u.dtype)
 
+    def check_dtype(self, x: Tensor) -> None:
+        """TypeError unless x has the layer's dtype or autocast will give it one."""
+        check(isinstance(x, Tensor), f"x must be a tensor, got {type(x).__name__}", TypeError)
+        is_right = x.dtype == self.u.dtype or (x.is_floating_point() and autocast_dtype(x) is not None)
+        check(is_right, f"x must be {self.u.dtype} like the layer's factors, got {x.dtype}", TypeError)
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_merged_cache", None)
         return state
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("_merged_cache", None)
+        return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> SVFModule:
         # writes through `.data` leave no trace in version counters: a change of mode is where they happen
@@ -97,31 +112,48 @@ class SVFModule(nn.Module):
     def _merged(self, dtype: torch.dtype, layout: torch.memory_format, norm: FrozenAffine | None) -> tuple:
         """Merged weight and bias of `dtype`, the affine folded in; cached until a source changes."""
         sources = [self.s, self.s0, self.u, self.v, *([] if self.bias is None else [self.bias])]
-        affine = None if norm is None else norm.scale_and_shift()
+        # affine vectors are short: fresh ones cost little and are never stale
+        affine = () if norm is None else norm.scale_and_shift()
+        if any(t.is_inference() for t in sources):
+            return self._merge_now(dtype, layout, affine)
         key = (
-            dtype, layout, self.is_disabled, self.parametrization, None if affine is None else id(affine[0]),
+            dtype, layout, self.is_disabled, self.parametrization, len(affine),
             *((t._version, t.data_ptr(), t.device) for t in sources),
         )  # fmt: skip
         cached = self.__dict__.get("_merged_cache")
-        if cached is None or cached[0] != key or not _same_values(cached[1], self.s):
-            weight = recompose(self.u.double(), self.singular_values().double(), self.v.double())
-            bias = None if self.bias is None else self.bias.double()
-            if affine is not None:
-                scale, shift = (t.double() for t in affine)
-                weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-                bias = shift if bias is None else bias * scale + shift
-            weight = weight.to(dtype)
-            if weight.ndim == 4:
-                weight = weight.contiguous(memory_format=layout)
-            # `affine` is held so that its id stays taken
-            cached = (key, self.s.detach().clone(), weight, None if bias is None else bias.to(dtype), affine)
+        if cached is None or cached[0] != key or not _same_values(cached[1], (self.s, *affine)):
+            with torch.inference_mode(False), torch.no_grad():
+                vectors = tuple(t.detach().clone() for t in (self.s, *affine))
+                cached = (key, vectors, *self._merge_now(dtype, layout, affine))
+            if type(cached[2]) is not Tensor:
+                # a tracer's stand-in must not outlive the trace
+                return cached[2], cached[3]
             self.__dict__["_merged_cache"] = cached
         return cached[2], cached[3]
 
+    def _merge_now(
+        self, dtype: torch.dtype, layout: torch.memory_format, affine: tuple
+    ) -> tuple[Tensor, Tensor | None]:
+        weight = recompose(self.u.double(), self.singular_values().double(), self.v.double())
+        bias = None if self.bias is None else self.bias.double()
+        if affine:
+            scale, shift = (t.double() for t in affine)
+            weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+            bias = shift if bias is None else bias * scale + shift
+        weight = weight.to(dtype)
+        if weight.ndim == 4:
+            weight = weight.contiguous(memory_format=layout)
+        return weight, None if bias is None else bias.to(dtype)
 
-def _same_values(cached: Tensor, s: Tensor) -> bool:
-    """On CPU the comparison is nearly free and catches writes through `.data`; on a GPU it would synchronise."""
-    return s.device.type != "cpu" or torch.equal(cached, s)
+
+def _same_values(cached: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> bool:
+    """Whether short vectors still hold what was merged: catches writes through `.data`, which version counters miss.
+
+    On a GPU the comparison would synchronise: there such writes are noticed at the next `train()` or `eval()`.
+    """
+    if any(type(t) not in (Tensor, nn.Parameter) for t in now):
+        return False
+    return now[0].device.type == "cuda" or all(torch.equal(a, b) for a, b in zip(cached, now, strict=True))
 
 
 class SVFConv2d(SVFModule):
@@ -140,19 +172,6 @@ class SVFConv2d(SVFModule):
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
         self.padding, self.padding_mode, self.groups = conv.padding, conv.padding_mode, conv.groups
-        # left, right, top, bottom, as F.pad takes them; "same" with an even kernel differs between sides
-        pads = [int(n) for n in conv._reversed_padding_repeated_twice]
-        if isinstance(conv.padding, str) and conv.padding == "same":
-            total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-            pads = [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]
-        is_symmetric = pads[0] == pads[1] and pads[2] == pads[3]
-        self._pads = None if conv.padding_mode == "zeros" and is_symmetric else pads
-        self.geometry = Geometry(
-            (conv.stride[0], conv.stride[1]),
-            (pads[2], pads[0]) if self._pads is None else (0, 0),
-            (conv.dilation[0], conv.dilation[1]),
-            conv.groups,
-        )
         self.train(conv.training)
 
     @classmethod
@@ -177,11 +196,49 @@ class SVFConv2d(SVFModule):
             conv.bias = nn.Parameter(self.bias.detach().clone())
         return conv.train(self.training)
 
+    @property
+    def sides(self) -> tuple[int, int, int, int]:
+        """Padding left, right, top and bottom, as F.pad takes it; read afresh: dilation and stride may be changed in place."""
+        height, width = (
+            (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) if self.padding == "same" else (0, 0)
+            for d, k in zip(self.dilation, self.kernel_size, strict=True)
+        )
+        if not isinstance(self.padding, str):
+            height, width = ((int(p), int(p)) for p in self.padding)
+        return *width, *height
+
+    @property
+    def pads_itself(self) -> bool:
+        """Whether the padding is not the op's: reflect, replicate, circular, or unequal sides."""
+        left, right, top, bottom = self.sides
+        return (self.padding_mode != "zeros" and any(self.sides)) or left != right or top != bottom
+
+    @property
+    def geometry(self) -> Geometry:
+        """What the op convolves with, after `pad`."""
+        left, _, top, _ = self.sides
+        padding = (0, 0) if self.pads_itself else (top, left)
+        return Geometry(
+            (self.stride[0], self.stride[1]), padding, (self.dilation[0], self.dilation[1]), self.groups
+        )  # fmt: skip
+
     def pad(self, x: Tensor) -> Tensor:
-        """x with the padding that the op itself does not do: reflect, replicate, circular, or unequal sides."""
-        if self._pads is None:
+        """x with the padding that the op itself does not do."""
+        if not self.pads_itself:
             return x
-        return F.pad(x, self._pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        return F.pad(x, self.sides, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def check_input(self, x: Tensor) -> None:
+        """TypeError or ValueError unless x is a batch that the layer takes."""
+        self.check_dtype(x)
+        check(
+            x.ndim == 4 and x.shape[1] == self.in_channels,
+            f"x must be [N, {self.in_channels}, H, W], got shape {list(x.shape)}",
+        )
+        check(
+            min(self.geometry.output_size(self.padded_size(x), self.kernel_size)) >= 1,
+            f"x of height and width {list(x.shape[2:])} is smaller than the kernel with this padding and dilation",
+        )
 
     def forward(
         self,
@@ -198,11 +255,8 @@ class SVFConv2d(SVFModule):
             return self.forward(
                 x.unsqueeze(0), norm=norm, residual=None if residual is None else residual.unsqueeze(0), activation=activation
             ).squeeze(0)  # fmt: skip
-        check(
-            x.ndim == 4 and x.shape[1] == self.in_channels,
-            f"x must be [N, {self.in_channels}, H, W], got shape {list(x.shape)}",
-        )
-        if residual is not None and not self._fits(residual, x):
+        self.check_input(x)
+        if residual is not None and not self.takes_residual(residual, x):
             return _activate(self.forward(x, norm=norm) + residual, activation)
         x = self.pad(x)
         if not self.needs_graph(x, residual, norm) and not torch.compiler.is_compiling():
@@ -218,18 +272,21 @@ class SVFConv2d(SVFModule):
         """Whether anything that this call computes may need a gradient."""
         if not torch.is_grad_enabled():
             return False
-        inputs = [x, residual, *self.parameters(recurse=False), *([] if norm is None else norm.parameters())]  # type: ignore[attr-defined]
+        inputs = [x, residual, self.s, self.u, self.v, self.bias, *(() if norm is None else (norm.weight, norm.bias))]
         return any(t is not None and t.requires_grad for t in inputs)
 
     def padded_size(self, x: Tensor) -> tuple[int, int]:
         """Height and width of `pad(x)`."""
-        left, right, top, bottom = self._pads or (0, 0, 0, 0)
+        left, right, top, bottom = self.sides if self.pads_itself else (0, 0, 0, 0)
         return x.shape[2] + top + bottom, x.shape[3] + left + right
 
-    def _fits(self, residual: Tensor, x: Tensor) -> bool:
+    def takes_residual(self, residual: Any, x: Tensor) -> bool:
         """Whether the op may add `residual`: same shape and dtype as the output, so no broadcast and no promotion."""
+        if not isinstance(residual, Tensor):
+            return False
         size = self.geometry.output_size(self.padded_size(x), self.v.shape[2:])
-        return residual.shape == (x.shape[0], self.out_channels, *size) and residual.dtype == x.dtype
+        fits = residual.shape == (x.shape[0], self.out_channels, *size)
+        return fits and residual.dtype == (autocast_dtype(x) or x.dtype)
 
     def _plain(self, x: Tensor, norm: FrozenAffine | None, residual: Tensor | None, activation: str | None) -> Tensor:
         dtype = autocast_dtype(x) or x.dtype
@@ -283,12 +340,15 @@ class SVFLinear(SVFModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., In] → [..., Out]."""
+        self.check_dtype(x)
         check(
             x.ndim >= 1 and x.shape[-1] == self.in_features,
             f"x must be [..., {self.in_features}], got shape {list(x.shape)}",
         )
-        needs_graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters(recurse=False)))
-        if x.numel() == 0 or (not needs_graph and not torch.compiler.is_compiling()):
+        needs_graph = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, self.s, self.u, self.v, self.bias)
+        )
+        if not needs_graph and not torch.compiler.is_compiling():
             return F.linear(x, *self._merged(autocast_dtype(x) or x.dtype, torch.contiguous_format, None))
         return svf_linear(x, self.v, self.singular_values(), self.u, bias=self.bias, save=self.save)
 

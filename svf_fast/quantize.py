@@ -19,7 +19,8 @@ _NOISE_SEED = 20221
 @cache
 def _noise(device: torch.device) -> Tensor:
     """Uniform [0, 1) float32 table, the same on every machine, made once a device."""
-    return torch.rand(_NOISE_LENGTH, generator=torch.Generator().manual_seed(_NOISE_SEED)).to(device)
+    generator = torch.Generator("cpu").manual_seed(_NOISE_SEED)
+    return torch.rand(_NOISE_LENGTH, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
 
 def _add_noise(values: Tensor, sign: int) -> None:

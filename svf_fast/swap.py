@@ -14,8 +14,10 @@ class Swapped:
     _svf_base: type[nn.Module]
     _svf_mixin: type[Swapped]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+    def __getstate__(self) -> Any:
+        own = getattr(super(), "__getstate__", None)  # every object has one from Python 3.11 on
+        state = self.__dict__ if own is None else own()
+        return dict(state) if isinstance(state, dict) else state
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # the class is made at run time: pickle its two halves instead

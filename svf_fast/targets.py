@@ -18,6 +18,13 @@ def chosen_modules(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     ValueError when a prefix, or the whole of them, matches nothing.
     """
     names = dict(model.named_modules())
+    if isinstance(targets, nn.Module) or not (
+        targets is None or callable(targets) or isinstance(targets, (Iterable, re.Pattern))
+    ):
+        raise TypeError(
+            "targets must be None, a list of module-name prefixes, a regular expression or a predicate (name, module) -> bool, "
+            f"got {type(targets).__name__}"
+        )
     if targets is None:
         return names
     if isinstance(targets, (str, re.Pattern)):

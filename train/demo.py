@@ -30,10 +30,11 @@ from svf_fast.train.config import (
 )
 from svf_fast.train.data.shapes5i import generate
 from svf_fast.train.data.voc import pascal_fold
+from svf_fast.train.demo_results import DemoResults
 from svf_fast.train.pretrain import PretrainConfig, pretrain
 from svf_fast.train.progress import WorkProgress
 from svf_fast.train.provenance import describe_machine
-from svf_fast.train.report import DemoResults, write_report
+from svf_fast.train.report import write_report
 from svf_fast.train.runs import train
 from svf_fast.train.schema import flatten
 
@@ -63,11 +64,11 @@ class DemoSettings:
     size: int = 105
     scale_range: tuple[float, float] = (0.65, 0.85)  # training sees the larger pictures at about validation's scale
     batch: int = 4
-    head_width: int = 64
-    iterations: int = 320
-    validate_every: int = 40
-    validation_episodes: int = 150
-    head_lr: float = 0.05
+    head_width: int = 128
+    iterations: int = 400
+    validate_every: int = 50
+    validation_episodes: int = 120
+    head_lr: float = 0.1
     full_lr_scale: float = 0.1
     svf_lr_scale: float = 2.0
 
@@ -183,7 +184,7 @@ def _run_config(output: Path, data: Path, settings: DemoSettings, strategy: str)
         ),
         backbone=BackboneSection(**vars(backbone), weights=str(output / "backbone.safetensors")),
         method=MethodConfig(head_width=settings.head_width),
-        tuning=TuningConfig(strategy=strategy),  # type: ignore[arg-type]
+        tuning=TuningConfig(strategy=strategy),
         optimiser=OptimiserConfig(
             base_lr=settings.head_lr,
             svf_lr_scale=settings.svf_lr_scale,

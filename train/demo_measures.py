@@ -21,13 +21,13 @@ from svf_fast.train.checkpoint import load_checkpoint, load_method_state
 from svf_fast.train.config import Config
 from svf_fast.train.data.episodes import Episode, EpisodeSampler, collate
 from svf_fast.train.data.reading import read_image
+from svf_fast.train.demo_results import MovedValue, Spectrum, StrategyResult, ValidationPoint
 from svf_fast.train.engine import LAST, LOG
 from svf_fast.train.evaluation import count, prediction_at_original_size
 from svf_fast.train.figures import PredictionRow
 from svf_fast.train.journal import read_journal
 from svf_fast.train.methods import MetaLearner
 from svf_fast.train.methods.baseline import Baseline
-from svf_fast.train.report import MovedValue, Spectrum, StrategyResult, ValidationPoint
 from svf_fast.train.tuning import STRATEGIES, TUNED_STAGES, trainable_counts
 
 _TOP = 30  # singular values that the paper's Figure 6 shows
@@ -72,7 +72,7 @@ def _kept_bytes(method: MetaLearner, sampler: EpisodeSampler) -> int:
 
     def loss() -> Any:
         logits = method(batch.query_images, batch.support_images, batch.support_labels)
-        return method.loss(logits, batch.query_labels)  # type: ignore[operator]
+        return method.loss(logits, batch.query_labels)
 
     with torch.random.fork_rng(devices=[]):  # dropout must not move the caller's stream
         return kept_bytes(loss, owned=method)

@@ -21,6 +21,7 @@ _STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"
 _BEFORE, _AFTER = "#9AA5B1", "#009E73"
 _INK = "#1F2933"
 _DPI = 130
+_PANEL_INCHES = (4.8, 3.4)
 _SUPPORT_COLOUR, _RIGHT_COLOUR, _PREDICTED_COLOUR = (230, 159, 0), (0, 158, 115), (213, 94, 0)
 
 
@@ -46,37 +47,29 @@ class PredictionRow:
     ious: dict[str, float]  # fractions, of this episode alone
 
 
-def curves(panels: Sequence[tuple[str, Sequence[Curve]]], *, x_label: str = "training step") -> bytes:
-    """Panels side by side, each (y label, curves); a curve has the same colour in every panel, by its position."""
-    figure = _figure(4.6 * len(panels), 3.4)
-    for position, (y_label, lines) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), position)
-        for curve, (colour, marker) in zip(lines, _STYLES, strict=False):
-            few = len(curve.steps) <= 40
-            axes.plot(curve.steps, curve.values, color=colour, marker=marker if few else None, ms=4, label=curve.name)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        _clean(axes)
-        if position == 1:
-            axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
+def curves(y_label: str, lines: Sequence[Curve], *, x_label: str = "training step") -> bytes:
+    """One plot; a curve's colour and marker go by its position, so that plots of the same runs agree."""
+    figure = _figure(*_PANEL_INCHES)
+    axes = figure.add_subplot()
+    for curve, (colour, marker) in zip(lines, _STYLES, strict=False):
+        is_sparse = len(curve.steps) <= 40
+        axes.plot(curve.steps, curve.values, color=colour, marker=marker if is_sparse else None, ms=4, label=curve.name)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return _finish(figure, axes)
 
 
-def spectra(panels: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> bytes:
-    """Singular values before and after tuning, one panel (title, before, after) a layer, in the order they had before."""
-    figure = _figure(4.6 * len(panels), 3.4)
-    for position, (title, before, after) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), position)
-        ranks = np.arange(1, len(before) + 1)
-        axes.bar(ranks - 0.2, before, 0.4, color=_BEFORE, label="before")
-        axes.bar(ranks + 0.2, after, 0.4, color=_AFTER, label="after")
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("rank before tuning")
-        axes.set_ylabel("singular value")
-        _clean(axes)
-        if position == 1:
-            axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
+def spectrum(title: str, before: Sequence[float], after: Sequence[float]) -> bytes:
+    """Singular values of one layer before and after tuning, in the order they had before."""
+    figure = _figure(*_PANEL_INCHES)
+    axes = figure.add_subplot()
+    ranks = np.arange(1, len(before) + 1)
+    axes.bar(ranks - 0.2, before, 0.4, color=_BEFORE, label="before")
+    axes.bar(ranks + 0.2, after, 0.4, color=_AFTER, label="after")
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("rank before tuning")
+    axes.set_ylabel("singular value")
+    return _finish(figure, axes)
 
 
 def predictions(rows: Sequence[PredictionRow]) -> bytes:
@@ -112,11 +105,13 @@ def _figure(width_inches: float, height_inches: float) -> Figure:
     return Figure(figsize=(width_inches, height_inches), dpi=_DPI, layout="constrained")
 
 
-def _clean(axes: Axes) -> None:
+def _finish(figure: Figure, axes: Axes) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, axis="y", color="#E4E7EB", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9)
+    axes.legend(frameon=False, fontsize=9)
+    return _png(figure)
 
 
 def _png(figure: Figure) -> bytes:

@@ -33,7 +33,10 @@ _STATISTICS_BATCHES = 16
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """AdamW (from scratch and in so few steps it got further than SGD) with a cosine rate; `crop` is the side in pixels that the network sees."""
+    """AdamW with a cosine rate (in so few steps from scratch it got further than SGD).
+
+    `crop` is the side in pixels that the network sees.
+    """
 
     steps: int = 600
     batch: int = 16
@@ -73,7 +76,9 @@ class _Classifier(nn.Module):
     def __init__(self, backbone: Backbone, classes: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.linear = nn.Conv2d(backbone.channels[f"layer{backbone.depth}"], classes + 1, 1)  # the last one is the ground
+        self.linear = nn.Conv2d(
+            backbone.channels[f"layer{backbone.depth}"], classes + 1, 1
+        )  # the last one is the ground
 
     def forward(self, images: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, S, S], regions [B, 2, S, S] of zeros and ones (object, ground) -> log-probabilities
@@ -103,11 +108,11 @@ def pretrain(
     """Train a classifier of `classes` on object crops from the pictures of `list_file` (`image label` a line, relative to `root`).
 
     A crop is one object with its surroundings. Every position of the feature map is classified: on the object as its class, on
-    what belongs to no object as an extra class, "ground". The weights returned are those of the backbone alone, its BatchNorm statistics estimated
-    anew for them. The same settings give the same weights on one machine and thread count. `on_step(done, all, loss)` is
-    called after every step.
+    what belongs to no object as an extra class, "ground". The weights returned are those of the backbone alone, its
+    BatchNorm statistics estimated anew for them. The same settings give the same weights on one machine and thread count.
+    `on_step(done, all, loss)` is called after every step.
 
-    Raises ValueError when a class has no crop to learn from or to be tested on.
+    Raises ValueError when a class has no crop to learn from, or none is left to test on.
     """
     kept, held_out = _collect(root, list_file, classes, config.crop)
     backbone = build_backbone(backbone_config, seed=config.seed)
@@ -130,11 +135,12 @@ def _collect(root: Path, list_file: Path, classes: Sequence[int], crop: int) -> 
         target = parts[number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1]
         for position, class_id in enumerate(classes):
             target.extend((patch, position) for patch in _patches(image, label, class_id, side))
-    for part, purpose in zip(parts, ("train on", "test on"), strict=True):
-        missing = set(range(len(classes))) - {position for _, position in part}
-        if missing:
-            named = ", ".join(str(classes[position]) for position in sorted(missing))
-            raise ValueError(f"{list_file}: no object crop to {purpose} for class id {named}; more pictures are needed")
+    missing = set(range(len(classes))) - {position for _, position in parts[0]}
+    if missing:
+        named = ", ".join(str(classes[position]) for position in sorted(missing))
+        raise ValueError(f"{list_file}: no object crop to train on for class id {named}; more pictures are needed")
+    if not parts[1]:
+        raise ValueError(f"{list_file}: no object crop is left to test on; more pictures are needed")
     kept, held_out = (
         _Crops(np.stack([patch for patch, _ in part]), np.array([position for _, position in part], dtype=np.int64))
         for part in parts
@@ -149,7 +155,7 @@ def _patches(image: NDArray[np.uint8], label: NDArray[np.uint8], class_id: int, 
         return []
     count, pieces, boxes, _ = cv2.connectedComponentsWithStats(inside.astype(np.uint8), connectivity=8)
     margin = max(label.shape)
-    colours = cv2.copyMakeBorder(image, *[margin] * 4, cv2.BORDER_CONSTANT, value=MEAN)
+    colours = cv2.copyMakeBorder(image, margin, margin, margin, margin, cv2.BORDER_CONSTANT, value=MEAN)
     patches: list[NDArray[np.uint8]] = []
     for piece in range(1, count):
         left, top, width, height, pixels = (int(value) for value in boxes[piece])
@@ -158,7 +164,7 @@ def _patches(image: NDArray[np.uint8], label: NDArray[np.uint8], class_id: int, 
         window = min(round(max(width, height) * _CONTEXT), margin)
         x, y = left + (width - window) // 2 + margin, top + (height - window) // 2 + margin
         roles = np.where(pieces == piece, _OBJECT, np.where(label == 0, _GROUND, _OTHER)).astype(np.uint8)
-        roles = cv2.copyMakeBorder(roles, *[margin] * 4, cv2.BORDER_CONSTANT, value=_OTHER)
+        roles = np.pad(roles, margin, constant_values=_OTHER)
         cut = (slice(y, y + window), slice(x, x + window))
         patches.append(_resized(np.dstack([colours[cut], roles[cut]]), side))
     return patches
@@ -188,7 +194,8 @@ def _train(
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * decay
         patches, labels = _draw_batch(crops, config, rng)
-        loss = _loss(*model(*_tensors(patches)), labels)
+        log_probabilities, shares = model(*_tensors(patches))
+        loss = _loss(log_probabilities, shares, labels)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

@@ -7,95 +7,17 @@ import base64
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from svf_fast.train.checkpoint import write_atomically
-from svf_fast.train.figures import Curve, PredictionRow, curves, predictions, spectra
+from svf_fast.train.demo_results import DemoResults
+from svf_fast.train.figures import Curve, curves, predictions, spectrum
 
 _MIB = 2**20
 _LOSS_WINDOW = 20  # steps that a point of the loss curve is the mean of
-
-
-@dataclass(frozen=True)
-class ValidationPoint:
-    """Scores on the novel classes after `step` steps; fractions."""
-
-    step: int
-    miou: float
-    fb_iou: float
-    class_iou: dict[str, float]
-
-
-@dataclass(frozen=True)
-class StrategyResult:
-    """One tuning strategy's run. `curve` has at least one point; rates are before the schedule (None: nothing tuned)."""
-
-    name: str
-    trains: str
-    head_parameters: int
-    backbone_parameters: int
-    head_rate: float
-    backbone_rate: float | None
-    kept_bytes: int  # for backward, one episode
-    step_ms: float  # median
-    training_s: float
-    validation_s: float
-    losses: list[float]  # one a step
-    curve: list[ValidationPoint]
-
-    @property
-    def final(self) -> ValidationPoint:
-        return self.curve[-1]
-
-    @property
-    def best(self) -> ValidationPoint:
-        return max(self.curve, key=lambda point: point.miou)
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Singular values of one convolution, largest first, before tuning and after, in the order they had before."""
-
-    layer: str
-    kernel: str  # such as "3×3"
-    before: list[float]
-    after: list[float]
-
-
-@dataclass(frozen=True)
-class MovedValue:
-    """A singular value that tuning moved: which one (1 is the largest), from where to where."""
-
-    layer: str
-    rank: int
-    before: float
-    after: float
-
-    @property
-    def change(self) -> float:
-        """Relative to the value before; -0.1 is a tenth less."""
-        return (self.after - self.before) / self.before
-
-
-@dataclass(frozen=True)
-class DemoResults:
-    """All that the report tells. `notes` are sentences about how it was measured; `settings` and `machine` are shown as they are."""
-
-    strategies: list[StrategyResult]
-    algorithm1_kept_bytes: int
-    spectra: list[Spectrum]
-    moved: list[MovedValue]
-    seed: int
-    class_names: list[str]
-    validation_episodes: int
-    settings: dict[str, Any]
-    machine: dict[str, str]
-    pretraining: dict[str, Any]
-    notes: list[str]
-    examples: list[PredictionRow] = field(default_factory=list)
 
 
 def write_report(results: DemoResults, folder: Path) -> Path:
@@ -172,13 +94,15 @@ def _reading(results: DemoResults) -> str:
 def _curve_figure(results: DemoResults) -> str:
     scores = [Curve(s.name, [p.step for p in s.curve], [100 * p.miou for p in s.curve]) for s in results.strategies]
     losses = [Curve(s.name, *_smoothed(s.losses)) for s in results.strategies]
-    figure = curves([("mIoU on novel classes, %", scores), (f"training loss, mean of {_LOSS_WINDOW} steps", losses)])
-    return _image(figure, "Novel-class mIoU and training loss against the training step, one line a strategy")
+    return _panels(
+        _image(curves("mIoU on novel classes, %", scores), "Novel-class mIoU against the training step"),
+        _image(curves(f"training loss, mean of {_LOSS_WINDOW} steps", losses), "Training loss against the step"),
+    )
 
 
 def _caption_of_curves(results: DemoResults) -> str:
     return (
-        "<p>The left plot is the kind of the paper's Figure 3, which draws mIoU on training classes where the right plot has the "
+        "<p>The first plot is the kind of the paper's Figure 3, which draws mIoU on training classes where the second plot has the "
         "training loss. All three runs start from the same backbone, the same random head and see the same episodes in the same "
         "order.</p>"
     )
@@ -237,10 +161,15 @@ def _cost_note(results: DemoResults) -> str:
 def _spectrum_figure(results: DemoResults) -> str:
     if not results.spectra:
         return "<p>No convolution of layer 3 was converted.</p>"
-    panels = [
-        (f"{spectrum.layer} ({spectrum.kernel})", spectrum.before, spectrum.after) for spectrum in results.spectra
-    ]
-    figure = _image(spectra(panels), "Bars: the largest singular values of two convolutions, before and after tuning")
+    figure = _panels(
+        *(
+            _image(
+                spectrum(f"{layer.layer} ({layer.kernel})", layer.before, layer.after),
+                f"Singular values of {layer.layer} before and after tuning",
+            )
+            for layer in results.spectra
+        )
+    )
     return figure + (
         "<p>The largest singular values of the last 3×3 and the last 1×1 convolution of layer 3, as in the paper's Figure 6.</p>"
     )
@@ -298,6 +227,10 @@ def _list(sentences: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
+def _panels(*images: str) -> str:
+    return f"<div class='panels'>{''.join(images)}</div>"
+
+
 def _image(png: bytes, description: str, *, is_wide: bool = False) -> str:
     data = base64.b64encode(png).decode("ascii")
     picture = f"<img alt='{escape(description, quote=True)}' src='data:image/png;base64,{data}'>"
@@ -328,6 +261,7 @@ h3 { font-size: 1rem; margin: 1rem 0 .25rem; }
 section { background: #fff; border: 1px solid #e4e7eb; border-radius: 8px; padding: 1rem; margin: 1rem 0; }
 p { margin: .6rem 0 0; color: #3e4c59; font-size: .93rem; }
 img { max-width: 100%; height: auto; display: block; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
 .wide { overflow-x: auto; }
 .roomy { min-width: 40rem; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; }

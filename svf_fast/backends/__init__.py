@@ -4,6 +4,7 @@ one is one file here (or in kernels/) and one `register` call."""
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple
@@ -60,8 +61,17 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_from_environment = os.environ.get("SVF_FAST_BACKEND", "auto")
-_current = _checked(_from_environment, "the environment variable SVF_FAST_BACKEND")
+def _from_environment() -> str:
+    """SVF_FAST_BACKEND, or auto with a warning where that cannot be had: an import never fails over it."""
+    name = os.environ.get("SVF_FAST_BACKEND", "auto")
+    try:
+        return _checked(name, "the environment variable SVF_FAST_BACKEND")
+    except (ValueError, RuntimeError) as error:
+        warnings.warn(f"{error}; using auto", stacklevel=2)
+        return "auto"
+
+
+_current = _from_environment()
 
 
 def current() -> str:

@@ -74,5 +74,5 @@ class ComposedBackend:
             # per-channel dot products; twice as fast as multiply-then-sum where pixels are adjacent
             ds = torch.einsum("nrp,nrp->nr", z.flatten(2).to(accumulate), g.flatten(2).to(accumulate)).sum(0)
         else:
-            ds = (z * g).sum((0, 2, 3), dtype=accumulate)
+            ds = (z.to(accumulate) * g).sum((0, 2, 3))
         return ds * z_scale if z_scale.numel() else ds

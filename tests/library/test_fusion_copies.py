@@ -54,7 +54,7 @@ def test_a_hook_on_a_convolution_sees_the_convolution(save: str) -> None:
     converted = svf_fast.convert(copy.deepcopy(original), save=save)
     seen: dict[str, Tensor] = {}
     for name, model in (("original", original), ("converted", converted)):
-        model.conv1.register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out.detach().clone()))
+        model.conv1.register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out.detach().clone()))  # type: ignore[union-attr]
         model(picture())
     assert error_ratio(seen["converted"], seen["original"]) < 1e-12
 

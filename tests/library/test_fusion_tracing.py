@@ -114,7 +114,7 @@ def test_autocast_inside_the_forward() -> None:
     # bfloat16 was used in both: equal far beyond float32 rounding's reach would mean that it was not
     assert_close(run(fused, x), run(unfused, x), torch.bfloat16)
     exact = copy.deepcopy(original).double()
-    assert error_ratio(fused(x), exact.conv2(exact.relu(exact.bn1(exact.conv1(x.double()))))) > 1e-4
+    assert error_ratio(fused(x), exact.conv2(exact.relu(exact.bn1(exact.conv1(x.double()))))) > 1e-4  # type: ignore[operator]
 
 
 def test_stochastic_depth_stays_random() -> None:

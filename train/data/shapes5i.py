@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from svf_fast.train.data.shapes5i_draw import CLASSES, VOID, draw
+from svf_fast.train.data import VOID
+from svf_fast.train.data.shapes5i_draw import CLASSES, draw
 
 CLASS_NAMES: tuple[str, ...] = tuple(shape.name for shape in CLASSES)
 FOLDS = 4

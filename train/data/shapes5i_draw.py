@@ -13,12 +13,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from svf_fast.train.data import VOID
+
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]  # colours need no more, and painting is half of the time
 Mask = NDArray[np.bool_]
 Form = Callable[[Floats, Floats, float], Mask]  # (u, v, variation) -> inside; u, v in object units, variation in [0, 1)
 
-VOID = 255
 _SMALLEST_VISIBLE_SHARE = 0.7  # of an object after later objects were laid over it
 _LARGEST_TILT = np.pi / 4  # radians; as in photographs, most things stand more or less upright
 # means of colours in 0–255: the ranges overlap, so that brightness helps but does not decide
@@ -215,11 +216,11 @@ def _ground(height: int, width: int, rng: np.random.Generator) -> Singles:
     cosine, sine = np.float32(frequency * np.cos(angle)), np.float32(frequency * np.sin(angle))
     kind = int(rng.integers(4))
     if kind == 1:
-        blend += 0.5 * np.sin(columns * cosine + rows * sine)
+        blend = blend + 0.5 * np.sin(columns * cosine + rows * sine)
     elif kind == 2:
-        blend += 0.4 * np.sign(np.sin(columns * cosine + rows * sine) * np.sin(rows * cosine - columns * sine))
+        blend = blend + 0.4 * np.sign(np.sin(columns * cosine + rows * sine) * np.sin(rows * cosine - columns * sine))
     elif kind == 3:
-        blend += 0.8 * (rng.random((height, width), np.float32) - 0.5)
+        blend = blend + 0.8 * (rng.random((height, width), np.float32) - 0.5)
     first, second = _colour(rng, *_GROUND_BRIGHTNESS), _colour(rng, *_GROUND_BRIGHTNESS)
     ground = first + np.clip(blend, 0.0, 1.0)[..., None] * (second - first)
     for _ in range(int(rng.integers(3, 10))):
