@@ -55,7 +55,9 @@ def ratio(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
 
 
-def errors(case: Case, dtype: torch.dtype, save: str, layout: torch.memory_format, seed: int, device: str) -> dict[str, float]:
+def errors(
+    case: Case, dtype: torch.dtype, save: str, layout: torch.memory_format, seed: int, device: str
+) -> dict[str, float]:
     """Error ratios of y, dx, ds and dresidual; inputs are rounded to `dtype` first, then both sides see the same numbers.
 
     The ReLU's mask is the op's own on both sides: where rounding decides a sign, either is right.
@@ -89,7 +91,10 @@ def errors(case: Case, dtype: torch.dtype, save: str, layout: torch.memory_forma
     found = torch.autograd.grad(y, (x, s, residual), dy)
     exact = torch.autograd.grad(exact_y, (exact_x, exact_s, exact_residual), dy.double())
     names = ("dx", "ds", "dresidual")
-    return {"y": ratio(y.detach(), exact_y.detach()), **{n: ratio(f, e) for n, f, e in zip(names, found, exact, strict=True)}}
+    return {
+        "y": ratio(y.detach(), exact_y.detach()),
+        **{n: ratio(f, e) for n, f, e in zip(names, found, exact, strict=True)},
+    }
 
 
 def main() -> None:

@@ -62,7 +62,11 @@ def svf_conv2d(
     for name, needed in (("x", x), ("v", v), ("s", s), ("u", u)):
         check(isinstance(needed, Tensor), f"{name} must be a tensor, got {type(needed).__name__}", TypeError)
     for name, given in (("bias", bias), ("scale", scale), ("shift", shift), ("residual", residual)):
-        check(given is None or isinstance(given, Tensor), f"{name} must be a tensor, got {type(given).__name__}", TypeError)
+        check(
+            given is None or isinstance(given, Tensor),
+            f"{name} must be a tensor, got {type(given).__name__}",
+            TypeError,
+        )
     autocast = autocast_dtype(x)
     if autocast is not None:
         # v and u are cast inside the op: a copy made here would be kept for backward

@@ -33,7 +33,7 @@ class FusedForward(Swapped):
     """Mixin: runs the rewritten forward of the module while everything that it was derived from still holds, else the written
     one, which is the same function layer by layer. The rewriting is redone, not stored, when a copy is made."""
 
-    _fused: tuple[_Rewritten, ...]
+    _fused: tuple[_Rewritten, ...] = ()
 
     def __getstate__(self) -> Any:
         state = super().__getstate__()
@@ -126,7 +126,7 @@ def fuse_module(module: nn.Module) -> None:
         reason = " ".join(str(error).split())[:120]
         for child in module.children():
             if isinstance(child, SVFConv2d):
-                child.fusion_note = f"alone: {type(module).__name__}.forward {reason}"
+                child.fusion_note = f"alone: {type(module).__name__}.forward cannot be traced faithfully ({reason})"
         return
     found = tuple(r for r in rewritten if r is not None)
     if found:

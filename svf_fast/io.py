@@ -23,7 +23,7 @@ def save_singular_values(model: nn.Module, path: str | os.PathLike[str]) -> None
     safetensors: `<layer>.s`, `<layer>.s0` [R], `<layer>.base_fingerprint` uint8 [32]. The values are those in force, whatever the
     parametrization. Written to a temporary file and renamed. ValueError when there is nothing to save or a value is not finite.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     layers = _layers(model)
     tensors: dict[str, Tensor] = {}
@@ -37,7 +37,8 @@ def save_singular_values(model: nn.Module, path: str | os.PathLike[str]) -> None
         raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, temporary, metadata={"format": _FORMAT})
+        # save_file would make a file that only its owner reads
+        temporary.write_bytes(save(tensors, metadata={"format": _FORMAT}))
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

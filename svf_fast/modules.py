@@ -250,10 +250,10 @@ class SVFConv2d(SVFModule):
     ) -> Tensor:
         """x [N, Ci, H, W] → act(norm(conv(x)) + residual) [N, Co, Ho, Wo]."""
         check(activation in ACTIVATIONS, f"activation must be None or 'relu', got {activation!r}")
-        if x.ndim == 3:
-            # Conv2d takes unbatched pictures too
+        if x.ndim == 3 and norm is None:
+            # Conv2d takes unbatched pictures too, BatchNorm2d does not
             return self.forward(
-                x.unsqueeze(0), norm=norm, residual=None if residual is None else residual.unsqueeze(0), activation=activation
+                x.unsqueeze(0), residual=None if residual is None else residual.unsqueeze(0), activation=activation
             ).squeeze(0)  # fmt: skip
         self.check_input(x)
         if residual is not None and not self.takes_residual(residual, x):

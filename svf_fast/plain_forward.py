@@ -39,18 +39,18 @@ def watched_attributes(module: nn.Module) -> dict[str, Any]:
     """The module's own plain values that its forward reads, by name: the graph holds while they do. NotPlain if it cannot."""
     forward = type(module).forward
     if "forward" in module.__dict__ or not inspect.isfunction(forward) or hasattr(forward, "__wrapped__"):
-        raise NotPlain("is not an ordinary method")
+        raise NotPlain("it is not an ordinary method")
     if forward.__closure__:
-        raise NotPlain("is a closure")
+        raise NotPlain("it is a closure")
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
     except (OSError, TypeError, SyntaxError):
-        raise NotPlain("has no source to read") from None
+        raise NotPlain("it has no source to read") from None
     if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
-        raise NotPlain("is decorated")
+        raise NotPlain("it is decorated")
     a = tree.args
     if a.defaults or a.kwonlyargs or a.vararg or a.kwarg or len(a.args) + len(a.posonlyargs) < 2:
-        raise NotPlain("takes optional arguments")
+        raise NotPlain("it takes optional arguments")
     arguments = [arg.arg for arg in (*a.posonlyargs, *a.args)]
     names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | set(
         arguments[1:]
@@ -70,7 +70,7 @@ class _Reader(ast.NodeVisitor):
 
     def generic_visit(self, node: ast.AST) -> None:
         if not isinstance(node, _NODES):
-            raise NotPlain(f"uses {type(node).__name__.lower()}")
+            raise NotPlain(f"it uses {type(node).__name__.lower()}")
         super().generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
@@ -95,7 +95,7 @@ class _Reader(ast.NodeVisitor):
             return
         if node.id in _BUILTINS and node.id not in self.scope:
             return
-        raise NotPlain(f"uses {node.id}")
+        raise NotPlain(f"it uses {node.id}")
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         path = _dotted(node)
@@ -105,11 +105,11 @@ class _Reader(ast.NodeVisitor):
             root = self.scope.get(path[0])
             is_known = root is not None and any(root is module for module in (torch, nn, F))
             if not is_known or path[-1] not in _FUNCTIONS or any(p not in ("nn", "functional") for p in path[1:-1]):
-                raise NotPlain(f"uses {'.'.join(path)}")
+                raise NotPlain(f"it uses {'.'.join(path)}")
         elif node.attr in _METHODS:
             self.visit(node.value)
         else:
-            raise NotPlain(f"uses .{node.attr}")
+            raise NotPlain(f"it uses .{node.attr}")
 
     def _own(self, path: list[str]) -> None:
         """self.a.b: child modules and parameters are the graph's, plain values are watched."""
@@ -117,7 +117,7 @@ class _Reader(ast.NodeVisitor):
         for part in path[:-1]:
             child = owner._modules.get(part)
             if child is None:
-                raise NotPlain(f"uses self.{'.'.join(path)}")
+                raise NotPlain(f"it uses self.{'.'.join(path)}")
             owner = child
         if owner._modules.get(name) is not None:
             return
@@ -125,13 +125,13 @@ class _Reader(ast.NodeVisitor):
             return
         value = owner.__dict__.get(name, owner._modules.get(name, owner))
         if len(path) > 1 or not isinstance(value, _FIXED) or hasattr(type(owner), name):
-            raise NotPlain(f"uses self.{'.'.join(path)}")
+            raise NotPlain(f"it uses self.{'.'.join(path)}")
         self.watched[name] = value
 
     def _require_local(self, target: ast.expr) -> None:
         parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
         if not all(isinstance(part, ast.Name) for part in parts):
-            raise NotPlain("writes to something that outlives the call")
+            raise NotPlain("it writes to something that outlives the call")
 
 
 def _dotted(node: ast.expr) -> list[str] | None:

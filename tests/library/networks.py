@@ -125,8 +125,6 @@ def run_plain(model: nn.Module, x: Tensor, *arguments: Any, needs_dx: bool, **ke
         assert isinstance(total, Tensor)
         (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
         result["dx"] = torch.zeros_like(x) if gradient is None else gradient
-    elif needs_dx:
-        result["dx"] = torch.zeros_like(x)
     return result
 
 

@@ -221,5 +221,5 @@ def test_a_norm_refuses_what_it_refused_before(fuse: bool) -> None:
     original = forward_of(add_operator)
     with pytest.raises(ValueError, match="expected 4D input"):
         original(picture(CHANNELS, 6, 5))
-    with pytest.raises(ValueError, match="4"):
+    with pytest.raises(ValueError, match=r"4|\[N"):
         svf_fast.convert(original, fuse=fuse)(picture(CHANNELS, 6, 5))
