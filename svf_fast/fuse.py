@@ -120,9 +120,8 @@ def fuse_module(module: nn.Module) -> None:
                 rewritten.append(_rewrite(module, {**watched, "training": module.training}))
             finally:
                 module.training = not module.training
-    except (
-        Exception
-    ) as error:  # tracing raises whatever a forward raises on symbolic values; layer by layer is always right
+    except Exception as error:
+        # tracing raises whatever a forward raises on symbolic values; layer by layer is always right
         reason = " ".join(str(error).split())[:120]
         for child in module.children():
             if isinstance(child, SVFConv2d):
@@ -194,8 +193,8 @@ def _fuse_graph(root: nn.Module, graph: fx.Graph) -> bool:
             new = _fuse_at(root, graph, node, conv)
             if new is not None:
                 fused.append(new)
-    is_chained = _chain(root, graph, fused)
-    return bool(fused) or is_chained
+    _chain(root, graph, fused)
+    return bool(fused)
 
 
 def _fuse_at(root: nn.Module, graph: fx.Graph, node: fx.Node, conv: SVFConv2d) -> fx.Node | None:
@@ -245,10 +244,9 @@ def _fuse_at(root: nn.Module, graph: fx.Graph, node: fx.Node, conv: SVFConv2d) -
     return new
 
 
-def _chain(root: nn.Module, graph: fx.Graph, fused: list[fx.Node]) -> bool:
-    """Joins fused convolutions with save="recompute" that follow one another into chains; True when there was one."""
+def _chain(root: nn.Module, graph: fx.Graph, fused: list[fx.Node]) -> None:
+    """Joins fused convolutions with save="recompute" that follow one another into chains."""
     waiting = [n for n in fused if _recomputes(root, n)]
-    is_chained = False
     while waiting:
         links = [waiting.pop(0)]
         while len(links) < _LONGEST_CHAIN and (following := _next_link(links[-1], waiting)) is not None:
@@ -268,8 +266,6 @@ def _chain(root: nn.Module, graph: fx.Graph, fused: list[fx.Node]) -> bool:
             conv = root.get_submodule(str(link.target))
             assert isinstance(conv, SVFConv2d)
             conv.fusion_note += f", block of {len(links)} rebuilt in backward"
-        is_chained = True
-    return is_chained
 
 
 def _attribute(graph: fx.Graph, before: fx.Node, target: str) -> fx.Node:
