@@ -65,8 +65,8 @@ class DemoSettings:
     scale_range: tuple[float, float] = (0.65, 0.85)  # training sees the larger pictures at about validation's scale
     batch: int = 4
     head_width: int = 128
-    iterations: int = 600
-    validate_every: int = 100
+    iterations: int = 480
+    validate_every: int = 80
     validation_episodes: int = 120
     head_lr: float = 0.1
     full_lr_scale: float = 0.03
