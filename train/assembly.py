@@ -53,7 +53,9 @@ def training_sampler(config: Config) -> EpisodeSampler:
     data = config.data
     fold = pascal_fold(data.fold)
     dropped = fold.novel if data.drop_novel_images else ()
-    split = _folder(config).split(data.train_list.format(fold=data.fold), fold.base, drop_images_with=dropped)
+    split = _folder(config).split(
+        data.train_list.replace("{fold}", str(data.fold)), fold.base, drop_images_with=dropped
+    )
     if len(split) < data.batch:
         raise ConfigError(f"data.batch is {data.batch}, but {split.list_file} leaves {len(split)} training images")
     augmentation = Augmentation(scale_range=data.scale_range)
@@ -63,7 +65,7 @@ def training_sampler(config: Config) -> EpisodeSampler:
 def validation_sampler(config: Config, *, seed: int) -> EpisodeSampler:
     """Episodes of the fold's novel classes under the test transform."""
     data = config.data
-    split = _folder(config).split(data.val_list.format(fold=data.fold), pascal_fold(data.fold).novel)
+    split = _folder(config).split(data.val_list.replace("{fold}", str(data.fold)), pascal_fold(data.fold).novel)
     return EpisodeSampler(split, config.validation.shots or data.shots, data.size, seed)
 
 

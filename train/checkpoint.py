@@ -32,6 +32,8 @@ class RunState:
     best_miou: float | None = None
     best_iteration: int = 0
     validations_since_best: int = 0
+    # which pictures the run trains and validates on (runs.py), so that a resumed one goes on with the same
+    data: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -56,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except (TrainingError, OSError) as error:
         return _fail(error, 1)
+    except (torch.OutOfMemoryError, MemoryError):
+        return _fail(
+            "out of memory; a smaller data.size or data.batch, tuning.save=int8 or recompute, or method.recompute=supports "
+            "needs less; a run's last checkpoint stays, --resume goes on from it",
+            1,
+        )
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
 
@@ -104,8 +111,8 @@ def _parser() -> _Parser:
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 

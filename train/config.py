@@ -129,7 +129,7 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         _require_one_of(self, "every_iterations", "every_epochs")
         _require(self, "episodes", self.episodes > 0, "1 or more")
-        _require(self, "seed", self.seed >= 0, "0 or more")
+        _require(self, "seed", 0 <= self.seed < 2**63, "0 or more, below 2^63")
         _require(self, "shots", self.shots is None or self.shots > 0, "1 or more, or null")
 
 
@@ -144,12 +144,12 @@ class RunConfig:
     checkpoint_every: int = 100  # iterations
 
     def __post_init__(self) -> None:
-        _require(self, "seed", self.seed >= 0, "0 or more")
+        _require(self, "seed", 0 <= self.seed < 2**63, "0 or more, below 2^63")
         kind, _, index = self.device.partition(":")
         _require(
             self,
             "device",
-            self.device in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal()),
+            self.device in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal() and int(index) < 128),
             "auto, cpu, cuda or cuda:N",
         )
         _require(self, "threads", self.threads is None or self.threads > 0, "1 or more, or null")

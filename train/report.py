@@ -144,7 +144,7 @@ def _cost_table(results: DemoResults) -> str:
         "rate of the backbone",
         "kept for backward, MiB",
         "ms a step (median)",
-        "training + validation, s",
+        "steps + validation, s",
     ]
     return _table(head, rows)
 
@@ -188,7 +188,10 @@ def _moved_table(results: DemoResults) -> str:
         ]
         for value in results.moved
     ]
-    text = "<p>Of all converted convolutions, the singular values with the largest relative change:</p>"
+    text = (
+        "<p>Of all converted convolutions, the singular values with the largest relative change, those below 5 % of their "
+        "layer's largest left out:</p>"
+    )
     return text + _table(["convolution", "rank", "before", "after", "change"], rows)
 
 

@@ -1,8 +1,9 @@
 """Starting, resuming and judging runs by configuration: the layer between the command line and the engine, with the
 checks that belong to a user's folder. Other programs that start runs use the functions here."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from svf_fast.train.assembly import build_model, choose_device, training_sampler, validation_sampler
 from svf_fast.train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_method_state, write_atomically
 from svf_fast.train.config import Config, ConfigError, config_from_plain
+from svf_fast.train.data.voc import Split
 from svf_fast.train.engine import LAST, LOG, Outcome, Parts, Run
 from svf_fast.train.progress import WorkProgress
 from svf_fast.train.schema import flatten
@@ -28,7 +30,18 @@ FREE_ON_RESUME = (
     "data.workers",
     "backbone.weights",
 )
-FREE_IN_EVALUATION = ("data.", "validation.", "run.")
+# What an evaluation may ask otherwise. Not the fold: its classes would be those that the model was trained on.
+FREE_IN_EVALUATION = (
+    "data.root",
+    "data.val_list",
+    "data.size",
+    "data.workers",
+    "validation.episodes",
+    "validation.seed",
+    "validation.shots",
+    "run.device",
+    "run.threads",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ def train(config: Config, *, resume: bool, console: Console) -> Outcome:
     Raises FileNotFoundError or a ValueError (ConfigError, CheckpointError and others), before the first step, when
     something is wrong with what the user gave; TrainingError when the run itself fails.
     """
-    return _build_run(config, resume=resume, console=console).train()
+    return _build_run(_with_absolute_places(config), resume=resume, console=console).train()
 
 
 def evaluate(
@@ -60,9 +73,9 @@ def evaluate(
     """
     checkpoint = load_checkpoint(path)
     for assignment in overrides:
-        if not assignment.startswith(FREE_IN_EVALUATION):
+        if assignment.partition("=")[0] not in FREE_IN_EVALUATION:
             raise ConfigError(
-                f"{assignment} does not apply to a finished model: eval takes data., validation. and run. keys"
+                f"{assignment} does not apply to a finished model: eval takes {', '.join(FREE_IN_EVALUATION)}"
             )
     config = config_from_plain(_config_of(checkpoint, path).to_plain(), overrides)
     device = _prepare(config)
@@ -103,12 +116,42 @@ def _build_run(config: Config, *, resume: bool, console: Console) -> Run:
     model = build_model(config, pretrained=checkpoint is None)
     parts = Parts(model.method, model.groups, training, validation, dict(validation.split.class_names))
     run = Run(config, parts, folder, device=device, console=console)
+    data = _data_digest(training.split, validation.split)
     if checkpoint is not None:
+        if checkpoint.state.data != data:
+            raise CheckpointError(
+                f"{folder / LAST} belongs to other data: the lists of {training.split.root} select other pictures now; "
+                "a resumed run needs the pictures that it began with"
+            )
         run.restore(checkpoint)
+    else:
+        run.state.data = data
+        if config.backbone.weights is None:
+            line = "backbone.weights is not set: the backbone starts from random weights"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.to_plain(), sort_keys=False)
     write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
     return run
+
+
+def _with_absolute_places(config: Config) -> Config:
+    """What a checkpoint remembers must be found from any working directory."""
+
+    def absolute(place: str | None) -> str | None:
+        return None if place is None else str(Path(place).absolute())
+
+    data = replace(config.data, root=absolute(config.data.root))
+    return replace(config, data=data, backbone=replace(config.backbone, weights=absolute(config.backbone.weights)))
+
+
+def _data_digest(*splits: Split) -> str:
+    """Tells one choice of pictures, classes and their order from another, wherever the folder lies."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in splits:
+        digest.update(repr([(entry.image, entry.label, entry.present_classes) for entry in split.entries]).encode())
+        digest.update(repr(sorted(split.files_of_class.items())).encode())
+    return digest.hexdigest()
 
 
 def _run_folder(config: Config, *, resume: bool) -> Path:

@@ -2,6 +2,7 @@
 dataclasses are the schema: their annotations say what a key takes. Knows no key by name."""
 
 import difflib
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -176,6 +177,9 @@ def _read_text(hint: Any, text: str) -> object:
         return next((choice for choice in get_args(hint) if str(choice) == text), text)
     if hint is float:
         return _number(text)
+    if hint is int:
+        # not through YAML, which reads 010 as 8 and 1:30 as 90
+        return int(text) if re.fullmatch(r"[+-]?\d+", text) else text
     if origin is tuple and not text.startswith("["):
         text = f"[{text}]"
     try:
