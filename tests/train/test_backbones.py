@@ -252,7 +252,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(change, problem,
 @pytest.mark.parametrize("content", [b"", b"not a weight file at all"])
 def test_unreadable_files_are_named(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} is not a readable weight file"):
+    with pytest.raises(ValueError, match=f"{name} is not a complete PyTorch or safetensors file"):
         load_backbone_weights(build_backbone(NARROW_PLAIN), tmp_path / name)
 
 
@@ -263,7 +263,7 @@ def test_an_absent_file_is_named(tmp_path):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="holds no state dict of tensors"):
+    with pytest.raises(ValueError, match="holds no state dict of named tensors"):
         load_backbone_weights(build_backbone(NARROW_PLAIN), tmp_path / "weights.pth")
 
 

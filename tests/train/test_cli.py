@@ -164,7 +164,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["train", "voc_folder", "run.dir=out"], "data.root is not set: give the data's folder"),
         (["train", "voc_folder", "data.root=x"], "run.dir is not set: give the run's folder"),
-        (["train", "voc_folder", "run.dir=out", "data.root=nowhere"], "data root nowhere is not a folder"),
+        (["train", "voc_folder", "run.dir=out", "data.root=nowhere"], "is not a folder"),
         (["train", "voc_folder", "run.dir=out", "data.root=x", "tuning.stratgy=svf"], "did you mean tuning.strategy?"),
         (["train", "voc_folder", "run.dir=out", "data.root={data}", "data.fold=7"], "data.fold is 7, expected 0 to 3"),
         (["train", "voc_folder", "run.dir=out", "data.root={data}", "data.fold=2"], "fold2_train.txt does not exist"),
@@ -172,7 +172,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "voc_folder", "run.dir=out", "data.root={data}", "data.shots=9"], "9-shot episodes need 9"),
         (
             ["train", "voc_folder", "run.dir=out", "data.root={data}", "backbone.weights=no.pth"],
-            "no weight file at no.pth",
+            "no.pth",
         ),
         (
             ["train", "voc_folder", "run.dir=out", "data.root={data}", "run.device=cuda:99"],
@@ -187,12 +187,15 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["eval", "{data}/classes.txt"], "is no readable checkpoint"),
         (["eval", "{cut}"], "is no readable checkpoint (cut short"),
-        (["eval", "{run}/last.pt", "--seed", "x"], "'x' is not a whole number, 0 or more"),
+        (["eval", "{run}/last.pt", "--seed", "x"], "'x' is not a whole number from 0"),
         (["eval", "{run}/last.pt", "--episodes", "0"], "validation.episodes is 0, expected 1 or more"),
         (["eval", "{run}/last.pt", "--shots", "few"], "validation.shots is 'few' (str), expected a whole number"),
         (["eval", "{run}/last.pt", "method.head_width=4"], "method.head_width=4 does not apply to a finished model"),
-        (["eval", "{run}/last.pt", "data.root=nowhere"], "data root nowhere is not a folder"),
-        (["summary", "voc_folder", "backbone.weights={data}/classes.txt"], "is not a readable weight file"),
+        (["eval", "{run}/last.pt", "data.root=nowhere"], "is not a folder"),
+        (
+            ["summary", "voc_folder", "backbone.weights={data}/classes.txt"],
+            "is not a complete PyTorch or safetensors file",
+        ),
     ],
 )
 def test_a_mistake_gets_one_line_and_status_2(

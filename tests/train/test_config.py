@@ -69,7 +69,7 @@ def test_a_run_counted_in_steps_can_be_counted_in_epochs() -> None:
         ("backbone", "'backbone' is not key=value"),
         ("tuning.strategy=svd", "tuning.strategy is 'svd', expected one of 'freeze', 'full', 'svf'"),
         ("data.size=big", "data.size is 'big' (str), expected a whole number"),
-        ("data.size=160.0", "data.size is 160.0 (float), expected a whole number"),
+        ("data.size=160.0", "data.size is '160.0' (str), expected a whole number"),
         ("data.size=160", "data.size is 160, expected a multiple of 8 plus 1, such as 161 or 473"),
         ("data.fold=4", "data.fold is 4, expected 0 to 3"),
         ("data.scale_range=1.2,0.8", "data.scale_range is (1.2, 0.8), expected two numbers above 0, the smaller first"),
