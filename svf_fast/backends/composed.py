@@ -99,11 +99,22 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, memory_format: to
 
     Measured on CPU: torch's transposed 1x1 convolution writes its result twice, and its layouts change with the thread count.
     """
-    batch, _, height, width = x.shape
+    batch, channels, height, width = x.shape
+    # written through `out=` into a tensor of its own: a view as an op's output could not be modified in place by users
+    y = torch.empty(
+        (batch, weight.shape[0], height, width), dtype=x.dtype, device=x.device, memory_format=memory_format
+    )
     if memory_format is torch.channels_last:
-        rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-        return F.linear(rows, weight, bias).view(batch, height, width, -1).permute(0, 3, 1, 2)
-    planes = x.flatten(2)
+        rows, rows_out = (t.permute(0, 2, 3, 1).view(batch * height * width, t.shape[1]) for t in (x, y))
+        if bias is None:
+            torch.mm(rows, weight.mT, out=rows_out)
+        else:
+            torch.addmm(bias, rows, weight.mT, out=rows_out)
+        return y
+    planes, planes_out = x.view(batch, channels, height * width), y.view(batch, len(weight), height * width)
     weight = weight.expand(batch, *weight.shape)
-    y = torch.bmm(weight, planes) if bias is None else torch.baddbmm(bias.view(1, -1, 1), weight, planes)
-    return y.view(batch, -1, height, width)
+    if bias is None:
+        torch.bmm(weight, planes, out=planes_out)
+    else:
+        torch.baddbmm(bias.view(1, -1, 1), weight, planes, out=planes_out)
+    return y
