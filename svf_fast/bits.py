@@ -20,11 +20,12 @@ def packed_bytes(elements: int) -> int:
 
 def pack_nonzero(values: Tensor) -> Tensor:
     """Mask of the non-zero elements of a dense 1-D tensor as uint8 [ceil(n / 8)]; NaN counts as non-zero."""
-    flags = torch.empty(packed_bytes(values.numel()) * 8, dtype=torch.bool, device=values.device)
-    flags[values.numel() :] = False
     # a converting copy is three times faster than a comparison on CPU
-    flags[: values.numel()].copy_(values)
-    return ((flags.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+    flags = values.to(torch.bool, copy=True)
+    missing = -values.numel() % 8
+    if missing:
+        flags = torch.cat([flags, flags.new_zeros(missing)])
+    return flags.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
 
 @cache
@@ -40,5 +41,7 @@ def keep_masked(values: Tensor, mask: Tensor) -> Tensor:
 
     A bitwise AND rather than a product: zero stays zero even where `values` is infinite or NaN, as ReLU's own backward has it.
     """
+    integers = values.view(_SAME_SIZE_INTEGER[values.element_size()])
     keep = _spread_table(mask.device).index_select(0, mask.int()).view(torch.int8)[: values.numel()]
-    return (values.view(_SAME_SIZE_INTEGER[values.element_size()]) & keep).view(values.dtype)
+    # widened by a copy of its own: an AND of mixed widths converts element by element
+    return keep.to(integers.dtype, copy=True).bitwise_and_(integers).view(values.dtype)

@@ -42,7 +42,7 @@ def run_chain(
     return chain(
         convs[0].pad(x), [conv.v for conv in convs], values, [conv.u for conv in convs],
         [scale for scale, _ in affines], [shift for _, shift in affines], residual, activation == "relu",
-        flatten_geometry([conv.geometry for conv in convs]),
+        flatten_geometry([conv.plan()[0] for conv in convs]),
     )[0]  # fmt: skip
 
 
@@ -54,10 +54,11 @@ def _can_chain(
         return False
     frozen: list[Tensor | None] = [t for conv in convs for t in (conv.u, conv.v, conv.bias)]
     frozen += [t for norm in norms if norm is not None for t in (norm.weight, norm.bias)]
-    if any(t is not None and t.requires_grad for t in frozen) or any(conv.pads_itself for conv in convs[1:]):
+    if any(t is not None and t.requires_grad for t in frozen) or any(any(conv.plan()[1]) for conv in convs[1:]):
         return False
-    convs[0].check_input(x)
-    sizes = layer_sizes(convs[0].padded_size(x), [conv.v for conv in convs], [conv.geometry for conv in convs])
+    sizes = layer_sizes(
+        convs[0].check_input(x), [conv.v for conv in convs[1:]], [conv.plan()[0] for conv in convs[1:]]
+    )  # fmt: skip
     follow_on = all(a.out_channels == b.in_channels for a, b in itertools.pairwise(convs))
     if not follow_on or min(min(size) for size in sizes) < 1:
         return False

@@ -50,7 +50,7 @@ class Backend(Protocol):
         self, g: Tensor, s: Tensor, v: Tensor, geometry: Geometry, size: Sequence[int],
         memory_format: torch.memory_format,
     ) -> Tensor:  # fmt: skip
-        """dx of height and width `size`: the data gradient of s ⊙ g, g [N, R, Ho, Wo]."""
+        """dx of height and width `size`: the data gradient of s ⊙ g, g [N, R, Ho, Wo]. May write into g."""
 
     def project(
         self, z: Tensor, s: Tensor, u: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
@@ -99,7 +99,9 @@ def fold_left(u: Tensor, groups: int, s: Tensor | None, scale: Tensor | None, dt
     if s is not None:
         left = (left.view(groups, -1, u.shape[1]) * s.view(groups, 1, -1)).view(u.shape)
     if scale is not None:
-        left = left * scale.view(-1, 1)
+        # in place where `left` is ours and wide enough
+        is_ours = left is not u and torch.promote_types(left.dtype, scale.dtype) == left.dtype
+        left = torch.mul(left, scale.view(-1, 1), out=left if is_ours else None)
     return left.to(dtype).view(*u.shape, 1, 1)
 
 

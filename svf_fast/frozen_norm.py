@@ -3,6 +3,7 @@ into the convolution before it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,35 +48,30 @@ class FrozenAffine(FrozenNorm):
         return super().train(mode)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """scale = γ / √(σ² + ε) and shift = β − μ · scale, [C] each.
-
-        On a GPU, where four launches cost more than four short vectors, cached until one of the sources changes.
-        """
+        """scale = γ / √(σ² + ε) and shift = β − μ · scale, [C] each; the same tuple until one of the sources changes."""
         sources = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
-        if torch.compiler.is_compiling() or any(t.requires_grad for t in sources):
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
             return self._compute()
-        if sources[-1].device.type != "cuda" or any(t.is_inference() for t in sources):
-            with torch.no_grad():
-                return self._compute()
-        key = (self.eps, *((t._version, t.data_ptr(), t.dtype, t.device) for t in sources))
-        cached = self.__dict__.get("_scale_and_shift")
-        if cached is None or cached[0] != key:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
+            return self._compute()
+        key = (self.eps, *[(t._version, t.data_ptr(), t.dtype, t.device) for t in sources])
+        kept = self.__dict__.get("_scale_and_shift")
+        if kept is None or kept[0] != key or not same_values(kept[1], sources):
             with torch.inference_mode(False), torch.no_grad():
-                cached = (key, self._compute())
-            if type(cached[1][0]) is not Tensor:
+                kept = (key, [t.detach().clone() for t in sources], self._compute())
+            if type(kept[2][0]) is not Tensor:
                 # a tracer's stand-in must not outlive the trace
-                return cached[1]
-            self.__dict__["_scale_and_shift"] = cached
-        return cached[1]
+                return kept[2]
+            self.__dict__["_scale_and_shift"] = kept
+        return kept[2]
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         scale = torch.rsqrt(self.running_var + self.eps)
         if self.weight is not None:
             scale = scale * self.weight
-        shift = -self.running_mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias
-        return scale, shift
+        if self.bias is None:
+            return scale, -self.running_mean * scale
+        return scale, torch.addcmul(self.bias, self.running_mean, scale, value=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
@@ -83,6 +79,22 @@ class FrozenAffine(FrozenNorm):
         channels = (1, -1) + (1,) * (x.ndim - 2)
         scale, shift = (t.to(x.dtype).view(channels) for t in self.scale_and_shift())
         return x * scale + shift
+
+
+def same_values(kept: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    """Whether short vectors still hold what they held: catches writes through `.data`, which version counters miss.
+
+    On a GPU the comparison would synchronise: there such writes are noticed at the next `train()` or `eval()`.
+    """
+    if any(type(t) not in (Tensor, nn.Parameter) for t in now):
+        return False
+    if now[0].device.type == "cuda":
+        return True
+    try:
+        return all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+    except RuntimeError:
+        # a tracer's mode has no values to compare
+        return False
 
 
 def is_batch_norm(module: nn.Module) -> bool:

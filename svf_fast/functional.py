@@ -75,22 +75,40 @@ def svf_conv2d(
     _check_tensors(x, v, s, u, {"bias": bias, "scale": scale, "shift": shift}, residual, geometry, autocast is not None)
     check(activation in ACTIVATIONS, f"activation must be None or 'relu', got {activation!r}")
     check(save in SAVES, f"save must be one of {', '.join(SAVES)}, got {save!r}")
+    return fused_conv2d(
+        x, v, s, u, bias=bias, scale=scale, shift=shift, residual=residual, activation=activation, geometry=geometry,
+        save=save,
+    )  # fmt: skip
 
+
+def fused_conv2d(
+    x: Tensor,
+    v: Tensor,
+    s: Tensor,
+    u: Tensor,
+    *,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    geometry: Geometry,
+    save: str,
+) -> Tensor:
+    """`svf_conv2d` for callers that have checked the arguments, and cast x and residual for autocast, themselves."""
     records = torch.is_grad_enabled()
-    frozen = (v, u, bias, scale, shift)
-    if records and any(t is not None and t.requires_grad for t in frozen):
+    if records and any(t is not None and t.requires_grad for t in (v, u, bias, scale, shift)):
         return reference.svf_conv2d(
             x, v.to(x.dtype), s, u.to(x.dtype), bias=bias, scale=scale, shift=shift, residual=residual,
-            activation=activation,
-            stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation, groups=groups,
+            activation=activation, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation,
+            groups=geometry.groups,
         )  # fmt: skip
     if bias is not None:
         bias = bias if scale is None else bias * scale
         shift = bias if shift is None else shift + bias
     needs_graph = records and any(t is not None and t.requires_grad for t in (x, s, residual))
     return ops.conv2d(
-        x, v, s, u, scale, shift, residual, activation == "relu",
-        list(geometry.stride), list(geometry.padding), list(geometry.dilation), groups,
+        x, v, s, u, scale, shift, residual, activation == "relu", *geometry,
         _KEEP_Z[save] if needs_graph and s.requires_grad else "none",
         needs_graph and activation == "relu",
     )[0]  # fmt: skip

@@ -4,16 +4,17 @@ model that they stand in."""
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svf_fast.contract import Geometry, check
+from svf_fast.contract import Geometry, check, memory_format_of
 from svf_fast.decompose import decompose, recompose
-from svf_fast.frozen_norm import FrozenAffine
-from svf_fast.functional import ACTIVATIONS, SAVES, autocast_dtype, svf_conv2d, svf_linear
+from svf_fast.frozen_norm import FrozenAffine, same_values
+from svf_fast.functional import ACTIVATIONS, SAVES, autocast_dtype, fused_conv2d, svf_linear
+from svf_fast.vendor import convolve
 
 PARAMETRIZATIONS = ("direct", "scale")
 
@@ -26,6 +27,16 @@ def fingerprint(weight: Tensor) -> Tensor:
     digest = hashlib.sha256(repr(list(values.shape)).encode())
     digest.update(values.numpy().tobytes())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8, device=weight.device)
+
+
+class _Merged(NamedTuple):
+    """A merged weight, and what it was merged from."""
+
+    key: tuple
+    affine: tuple[Tensor, Tensor] | None
+    s: Tensor
+    weight: Tensor
+    bias: Tensor | None
 
 
 class SVFModule(nn.Module):
@@ -59,7 +70,8 @@ class SVFModule(nn.Module):
         self.save, self.parametrization = save, parametrization
         self.s = nn.Parameter((s if parametrization == "direct" else torch.ones_like(s)).to(weight, copy=True))
         self.u = nn.Parameter(u.to(weight), requires_grad=False)
-        self.v = nn.Parameter(v.to(weight), requires_grad=False)
+        layout = memory_format_of(weight) if weight.ndim == 4 else torch.contiguous_format
+        self.v = nn.Parameter(v.to(weight).contiguous(memory_format=layout), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_buffer("s0", s.to(weight, copy=True))
         self.register_buffer("base_fingerprint", fingerprint(weight))
@@ -89,11 +101,13 @@ class SVFModule(nn.Module):
         with torch.no_grad():
             return recompose(self.u.double(), self.singular_values().double(), self.v.double()).to(self.u.dtype)
 
-    def check_dtype(self, x: Tensor) -> None:
-        """TypeError unless x has the layer's dtype or autocast will give it one."""
+    def check_kind(self, x: Tensor) -> None:
+        """TypeError unless x has the layer's dtype or autocast will give it one; ValueError unless it is on its device."""
         check(isinstance(x, Tensor), f"x must be a tensor, got {type(x).__name__}", TypeError)
-        is_right = x.dtype == self.u.dtype or (x.is_floating_point() and autocast_dtype(x) is not None)
-        check(is_right, f"x must be {self.u.dtype} like the layer's factors, got {x.dtype}", TypeError)
+        if x.dtype != self.u.dtype and not (x.is_floating_point() and autocast_dtype(x) is not None):
+            raise TypeError(f"x must be {self.u.dtype} like the layer's factors, got {x.dtype}")
+        if x.device != self.u.device:
+            raise ValueError(f"x is on {x.device}, the layer's factors on {self.u.device}")
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -109,34 +123,35 @@ class SVFModule(nn.Module):
         self.__dict__.pop("_merged_cache", None)
         return super().train(mode)
 
-    def _merged(self, dtype: torch.dtype, layout: torch.memory_format, norm: FrozenAffine | None) -> tuple:
-        """Merged weight and bias of `dtype`, the affine folded in; cached until a source changes."""
+    def _merged(
+        self, dtype: torch.dtype, layout: torch.memory_format, norm: FrozenAffine | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Merged weight and bias of `dtype`, the affine folded in; kept until a source changes."""
         sources = [self.s, self.s0, self.u, self.v, *([] if self.bias is None else [self.bias])]
-        # affine vectors are short: fresh ones cost little and are never stale
-        affine = () if norm is None else norm.scale_and_shift()
+        affine = None if norm is None else norm.scale_and_shift()
         if any(t.is_inference() for t in sources):
             return self._merge_now(dtype, layout, affine)
         key = (
-            dtype, layout, self.is_disabled, self.parametrization, len(affine),
-            *((t._version, t.data_ptr(), t.device) for t in sources),
+            dtype, layout, self.is_disabled, self.parametrization,
+            *[(t._version, t.data_ptr(), t.device) for t in sources],
         )  # fmt: skip
-        cached = self.__dict__.get("_merged_cache")
-        if cached is None or cached[0] != key or not _same_values(cached[1], (self.s, *affine)):
+        kept = self.__dict__.get("_merged_cache")
+        # the norm gives the same tuple as long as nothing in it has changed
+        if kept is None or kept.key != key or kept.affine is not affine or not same_values([kept.s], [self.s]):
             with torch.inference_mode(False), torch.no_grad():
-                vectors = tuple(t.detach().clone() for t in (self.s, *affine))
-                cached = (key, vectors, *self._merge_now(dtype, layout, affine))
-            if type(cached[2]) is not Tensor:
+                kept = _Merged(key, affine, self.s.detach().clone(), *self._merge_now(dtype, layout, affine))
+            if type(kept.weight) is not Tensor:
                 # a tracer's stand-in must not outlive the trace
-                return cached[2], cached[3]
-            self.__dict__["_merged_cache"] = cached
-        return cached[2], cached[3]
+                return kept.weight, kept.bias
+            self.__dict__["_merged_cache"] = kept
+        return kept.weight, kept.bias
 
     def _merge_now(
-        self, dtype: torch.dtype, layout: torch.memory_format, affine: tuple
+        self, dtype: torch.dtype, layout: torch.memory_format, affine: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor | None]:
         weight = recompose(self.u.double(), self.singular_values().double(), self.v.double())
         bias = None if self.bias is None else self.bias.double()
-        if affine:
+        if affine is not None:
             scale, shift = (t.double() for t in affine)
             weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
             bias = shift if bias is None else bias * scale + shift
@@ -144,16 +159,6 @@ class SVFModule(nn.Module):
         if weight.ndim == 4:
             weight = weight.contiguous(memory_format=layout)
         return weight, None if bias is None else bias.to(dtype)
-
-
-def _same_values(cached: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> bool:
-    """Whether short vectors still hold what was merged: catches writes through `.data`, which version counters miss.
-
-    On a GPU the comparison would synchronise: there such writes are noticed at the next `train()` or `eval()`.
-    """
-    if any(type(t) not in (Tensor, nn.Parameter) for t in now):
-        return False
-    return now[0].device.type == "cuda" or all(torch.equal(a, b) for a, b in zip(cached, now, strict=True))
 
 
 class SVFConv2d(SVFModule):
@@ -196,49 +201,42 @@ class SVFConv2d(SVFModule):
             conv.bias = nn.Parameter(self.bias.detach().clone())
         return conv.train(self.training)
 
-    @property
-    def sides(self) -> tuple[int, int, int, int]:
-        """Padding left, right, top and bottom, as F.pad takes it; read afresh: dilation and stride may be changed in place."""
-        height, width = (
-            (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) if self.padding == "same" else (0, 0)
-            for d, k in zip(self.dilation, self.kernel_size, strict=True)
-        )
+    def plan(self) -> tuple[Geometry, tuple[int, int, int, int]]:
+        """What the op convolves with, and the padding left, right, top and bottom that is done before it (reflect, replicate,
+        circular, or unequal sides). Read afresh at each call: stride, padding and dilation may be changed in place."""
+        (stride_h, stride_w), (dilation_h, dilation_w) = self.stride, self.dilation
         if not isinstance(self.padding, str):
-            height, width = ((int(p), int(p)) for p in self.padding)
-        return *width, *height
-
-    @property
-    def pads_itself(self) -> bool:
-        """Whether the padding is not the op's: reflect, replicate, circular, or unequal sides."""
-        left, right, top, bottom = self.sides
-        return (self.padding_mode != "zeros" and any(self.sides)) or left != right or top != bottom
-
-    @property
-    def geometry(self) -> Geometry:
-        """What the op convolves with, after `pad`."""
-        left, _, top, _ = self.sides
-        padding = (0, 0) if self.pads_itself else (top, left)
-        return Geometry(
-            (self.stride[0], self.stride[1]), padding, (self.dilation[0], self.dilation[1]), self.groups
-        )  # fmt: skip
+            top, left = self.padding
+            bottom, right = top, left
+        elif self.padding == "same":
+            height, width = dilation_h * (self.kernel_size[0] - 1), dilation_w * (self.kernel_size[1] - 1)
+            top, left = height // 2, width // 2
+            bottom, right = height - top, width - left
+        else:
+            top = bottom = left = right = 0
+        sides, padding = (0, 0, 0, 0), (top, left)
+        if top != bottom or left != right or (self.padding_mode != "zeros" and (top or left)):
+            sides, padding = (left, right, top, bottom), (0, 0)
+        return Geometry((stride_h, stride_w), padding, (dilation_h, dilation_w), self.groups), sides
 
     def pad(self, x: Tensor) -> Tensor:
         """x with the padding that the op itself does not do."""
-        if not self.pads_itself:
-            return x
-        return F.pad(x, self.sides, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        _, sides = self.plan()
+        return F.pad(x, sides, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
-    def check_input(self, x: Tensor) -> None:
-        """TypeError or ValueError unless x is a batch that the layer takes."""
-        self.check_dtype(x)
-        check(
-            x.ndim == 4 and x.shape[1] == self.in_channels,
-            f"x must be [N, {self.in_channels}, H, W], got shape {list(x.shape)}",
-        )
-        check(
-            min(self.geometry.output_size(self.padded_size(x), self.kernel_size)) >= 1,
-            f"x of height and width {list(x.shape[2:])} is smaller than the kernel with this padding and dilation",
-        )
+    def check_input(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of the output; TypeError or ValueError unless x is a batch that the layer takes."""
+        self.check_kind(x)
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be [N, {self.in_channels}, H, W], got shape {list(x.shape)}")
+        geometry, (left, right, top, bottom) = self.plan()
+        height, width = x.shape[2:]
+        size = geometry.output_size((height + top + bottom, width + left + right), self.kernel_size)
+        if min(size) < 1:
+            raise ValueError(
+                f"x of height and width {[height, width]} is smaller than the kernel with this padding and dilation"
+            )
+        return size
 
     def forward(
         self,
@@ -250,22 +248,27 @@ class SVFConv2d(SVFModule):
     ) -> Tensor:
         """x [N, Ci, H, W] → act(norm(conv(x)) + residual) [N, Co, Ho, Wo]."""
         check(activation in ACTIVATIONS, f"activation must be None or 'relu', got {activation!r}")
-        if x.ndim == 3 and norm is None:
+        if isinstance(x, Tensor) and x.ndim == 3 and norm is None:
             # Conv2d takes unbatched pictures too, BatchNorm2d does not
             return self.forward(
                 x.unsqueeze(0), residual=None if residual is None else residual.unsqueeze(0), activation=activation
             ).squeeze(0)  # fmt: skip
-        self.check_input(x)
-        if residual is not None and not self.takes_residual(residual, x):
+        size = self.check_input(x)
+        autocast = autocast_dtype(x)
+        dtype = x.dtype if autocast is None else autocast
+        if residual is not None and not self.takes_residual(residual, (x.shape[0], self.out_channels, *size), dtype):
             return _activate(self.forward(x, norm=norm) + residual, activation)
-        x = self.pad(x)
+        geometry, sides = self.plan()
+        if any(sides):
+            x = self.pad(x)
         if not self.needs_graph(x, residual, norm) and not torch.compiler.is_compiling():
-            return self._plain(x, norm, residual, activation)
+            return self._plain(x, norm, residual, activation, geometry, dtype)
+        if autocast is not None:
+            x, residual = x.to(autocast), None if residual is None else residual.to(autocast)
         scale, shift = (None, None) if norm is None else norm.scale_and_shift()
-        return svf_conv2d(
+        return fused_conv2d(
             x, self.v, self.singular_values(), self.u, bias=self.bias, scale=scale, shift=shift, residual=residual,
-            activation=activation, stride=self.geometry.stride, padding=self.geometry.padding,
-            dilation=self.geometry.dilation, groups=self.groups, save=self.save,
+            activation=activation, geometry=geometry, save=self.save,
         )  # fmt: skip
 
     def needs_graph(self, x: Tensor, residual: Tensor | None, norm: FrozenAffine | None) -> bool:
@@ -275,24 +278,17 @@ class SVFConv2d(SVFModule):
         inputs = [x, residual, self.s, self.u, self.v, self.bias, *(() if norm is None else (norm.weight, norm.bias))]
         return any(t is not None and t.requires_grad for t in inputs)
 
-    def padded_size(self, x: Tensor) -> tuple[int, int]:
-        """Height and width of `pad(x)`."""
-        left, right, top, bottom = self.sides if self.pads_itself else (0, 0, 0, 0)
-        return x.shape[2] + top + bottom, x.shape[3] + left + right
+    def takes_residual(self, residual: Any, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether the op may add `residual` to an output of that shape and dtype: no broadcast and no promotion."""
+        return isinstance(residual, Tensor) and residual.shape == shape and residual.dtype == dtype
 
-    def takes_residual(self, residual: Any, x: Tensor) -> bool:
-        """Whether the op may add `residual`: same shape and dtype as the output, so no broadcast and no promotion."""
-        if not isinstance(residual, Tensor):
-            return False
-        size = self.geometry.output_size(self.padded_size(x), self.v.shape[2:])
-        fits = residual.shape == (x.shape[0], self.out_channels, *size)
-        return fits and residual.dtype == (autocast_dtype(x) or x.dtype)
-
-    def _plain(self, x: Tensor, norm: FrozenAffine | None, residual: Tensor | None, activation: str | None) -> Tensor:
-        dtype = autocast_dtype(x) or x.dtype
-        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    def _plain(
+        self, x: Tensor, norm: FrozenAffine | None, residual: Tensor | None, activation: str | None, geometry: Geometry,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        layout = memory_format_of(x)
         weight, bias = self._merged(dtype, layout, norm)
-        y = F.conv2d(x, weight, bias, *self.geometry)
+        y = convolve(x.to(dtype), weight, bias, geometry, layout)
         if residual is not None:
             y = y.add_(residual) if residual.dtype == y.dtype else y + residual
         return y.relu_() if activation == "relu" else y
@@ -340,7 +336,7 @@ class SVFLinear(SVFModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., In] → [..., Out]."""
-        self.check_dtype(x)
+        self.check_kind(x)
         check(
             x.ndim >= 1 and x.shape[-1] == self.in_features,
             f"x must be [..., {self.in_features}], got shape {list(x.shape)}",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from functools import cache
 from types import TracebackType
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ _preference = ("triton", "cpp", "torch")
 def register(name: str, load: Callable[[], Backend], reason_unusable: Callable[[str], str | None]) -> None:
     """Makes a backend known under one of the names of the public contract."""
     _entries[name] = _Entry(load, reason_unusable)
+    _resolve.cache_clear()
 
 
 def why_unusable(name: str, device: str) -> str | None:
@@ -81,13 +83,17 @@ def current() -> str:
 
 def select(device: torch.device) -> Backend:
     """The backend object that computes on `device` now."""
-    name = current()
+    return _resolve(_current, device.type)
+
+
+@cache
+def _resolve(name: str, device: str) -> Backend:
     if name != "auto":
-        reason = why_unusable(name, device.type)
+        reason = why_unusable(name, device)
         if reason is not None:
-            raise RuntimeError(f"backend {name!r} cannot run on {device.type}: {reason}")
+            raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
         return _entries[name].load()
-    return next(_entries[n].load() for n in _preference if why_unusable(n, device.type) is None)
+    return next(_entries[n].load() for n in _preference if why_unusable(n, device) is None)
 
 
 class backend:
