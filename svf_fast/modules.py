@@ -97,9 +97,10 @@ class SVFModule(nn.Module):
         return recompose(self.u, self.singular_values(), self.v)
 
     def merged_weight(self) -> Tensor:
-        """U diag(s) Vᵀ in the base weight's shape and dtype, computed in float64."""
+        """U diag(s) Vᵀ in the base weight's shape, dtype and memory format, computed in float64."""
         with torch.no_grad():
-            return recompose(self.u.double(), self.singular_values().double(), self.v.double()).to(self.u.dtype)
+            weight = recompose(self.u.double(), self.singular_values().double(), self.v.double()).to(self.u.dtype)
+        return weight.contiguous(memory_format=memory_format_of(self.v)) if weight.ndim == 4 else weight
 
     def check_kind(self, x: Tensor) -> None:
         """TypeError unless x has the layer's dtype or autocast will give it one; ValueError unless it is on its device."""

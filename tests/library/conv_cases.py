@@ -63,6 +63,11 @@ CASES = (
     ConvCase(channels=(6, 4), kernel=(3, 3), padding=(0, 0), size=(3, 3)),
     ConvCase(channels=(4, 6), kernel=(4, 2), padding=(3, 1), stride=(4, 2), size=(9, 5)),
     ConvCase(channels=(16, 33), kernel=(1, 1), padding=(0, 0), size=(13, 17), batch=1),
+    # where vendor.py asks for oneDNN by name: wide pictures, and padding wider than 3
+    ConvCase(channels=(6, 9), kernel=(1, 1), padding=(0, 0), size=(33, 35)),
+    ConvCase(channels=(9, 6), kernel=(1, 1), padding=(0, 0), size=(65, 66), stride=(2, 2), batch=1),
+    ConvCase(channels=(5, 7), padding=(4, 4), dilation=(4, 4), size=(9, 11)),
+    ConvCase(channels=(5, 7), padding=(5, 1), dilation=(3, 1), stride=(2, 1), size=(8, 7)),
 )
 
 EXTRAS: tuple[dict[str, Any], ...] = (

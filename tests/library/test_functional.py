@@ -61,6 +61,21 @@ def test_what_follows_the_convolution(
     check(make_problem(ConvCase(size=(8, 11)), dtype, extras, memory_format=layout, seed=5), save, dtype)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("case", CASES[-4:], ids=str)
+def test_several_threads_and_no_onednn(case: ConvCase, layout: torch.memory_format) -> None:
+    """Which of torch's kernels runs depends on both; the result does not."""
+    problem = make_problem(case, torch.float32, EXTRAS[5], memory_format=layout)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check(problem, "exact", torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+    with torch.backends.mkldnn.flags(enabled=False):
+        check(problem, "exact", torch.float32)
+
+
 @pytest.mark.parametrize("index", range(40))
 def test_random_geometry(index: int) -> None:
     case = random_cases(40, seed=11)[index]

@@ -381,3 +381,22 @@ def test_a_transformer_layer_still_evaluates() -> None:
     assert error_ratio(layer(x), expected) < 1e-5
     with torch.no_grad():
         assert error_ratio(layer(x), expected) < 1e-5
+
+
+def test_right_factors_and_merged_weight_keep_the_memory_format_of_the_weight() -> None:
+    conv = make_conv("bias", torch.float32).to(memory_format=torch.channels_last)
+    layer = SVFConv2d.from_conv(conv)
+    for weight in (layer.v, layer.merged().weight):
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    x = picture(dtype=torch.float32)
+    assert_close({"y": layer(x)}, {"y": conv(x)}, torch.float32)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_wide_padding_without_a_graph(layout: torch.memory_format) -> None:
+    conv = nn.Conv2d(6, 8, 3, padding=4, dilation=4)
+    x = picture(dtype=torch.float32).contiguous(memory_format=layout)
+    with torch.no_grad():
+        y, expected = SVFConv2d.from_conv(conv)(x), conv(x)
+    assert_close({"y": y}, {"y": expected}, torch.float32)
+    assert y.stride() == expected.stride()
