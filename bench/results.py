@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,7 @@ def write(folder: Path | None, name: str, settings: dict[str, Any], rows: list[d
         "settings": settings,
         "rows": rows,
     }
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=name, suffix=".part")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+    temporary = folder / f"{name}.json.part"
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     os.replace(temporary, folder / f"{name}.json")
     print(f"written: {folder / (name + '.json')}")

@@ -46,8 +46,16 @@ def data_gradient(
     return dense(dx, memory_format)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format) -> Tensor:
-    """1x1 convolution of a dense x [N, Ci, H, W] with weight [Co, Ci], any strides, as one matrix product.
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    memory_format: torch.memory_format,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """1x1 convolution of a dense x [N, Ci, H, W] with weight [Co, Ci], any strides, plus bias [Co] and residual, as one matrix
+    product.
 
     torch's transposed 1x1 convolution writes its result twice on CPU, and its layouts change with the thread count.
     """
@@ -56,24 +64,34 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, memory_format: tor
     if memory_format is torch.contiguous_format and pixels >= _WIDE_PICTURE and _has_onednn(x):
         if bias is None and not weight.is_contiguous() and torch.get_num_threads() > 1:
             # with several threads torch takes oneDNN for this by itself, and nothing need be transposed
-            return F.conv_transpose2d(x, weight.mT[:, :, None, None])
-        return torch.mkldnn_convolution(x, weight.contiguous()[:, :, None, None], bias, (0, 0), (1, 1), (1, 1), 1)
+            y = F.conv_transpose2d(x, weight.mT[:, :, None, None])
+        else:
+            y = torch.mkldnn_convolution(x, weight.contiguous()[:, :, None, None], bias, (0, 0), (1, 1), (1, 1), 1)
+        return y if residual is None else y.add_(residual)
     # written through `out=` into a tensor of its own: a view as an op's output could not be modified in place by users
     y = empty((batch, weight.shape[0], height, width), x, memory_format)
+    if bias is not None or residual is not None:
+        # what is added goes in first, and the product on top: one pass over y less
+        _fill(y, bias, residual)
+    beta = 0 if bias is None and residual is None else 1
     if memory_format is torch.channels_last:
         rows, rows_out = (t.permute(0, 2, 3, 1).view(batch * pixels, t.shape[1]) for t in (x, y))
-        if bias is None:
-            torch.mm(rows, weight.mT, out=rows_out)
-        else:
-            torch.addmm(bias, rows, weight.mT, out=rows_out)
+        torch.addmm(rows_out, rows, weight.mT, beta=beta, out=rows_out)
         return y
     planes, planes_out = x.view(batch, channels, pixels), y.view(batch, len(weight), pixels)
-    weight = weight.expand(batch, *weight.shape)
-    if bias is None:
-        torch.bmm(weight, planes, out=planes_out)
-    else:
-        torch.baddbmm(bias.view(1, -1, 1), weight, planes, out=planes_out)
+    torch.baddbmm(planes_out, weight.expand(batch, *weight.shape), planes, beta=beta, out=planes_out)
     return y
+
+
+def _fill(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """y = bias + residual, one of which may be absent."""
+    if bias is None:
+        assert residual is not None
+        y.copy_(residual)
+    elif residual is None:
+        y.copy_(bias.view(1, -1, 1, 1).expand_as(y))
+    else:
+        torch.add(residual, bias.view(1, -1, 1, 1), out=y)
 
 
 def empty(shape: Sequence[int], like: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -22,7 +22,7 @@ class ComposedBackend:
             return convolve(x, v.to(x.dtype), None, geometry, memory_format)
         if geometry.stride != (1, 1):
             x = x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
-        return pointwise(dense(x, memory_format), v.flatten(1).to(x.dtype), None, memory_format)
+        return pointwise(dense(x, memory_format), v.flatten(1).to(x.dtype), memory_format)
 
     def v_convolution_backward(
         self, g: Tensor, s: Tensor, v: Tensor, geometry: Geometry, size: Sequence[int],
@@ -36,7 +36,7 @@ class ComposedBackend:
             weight = (v * values).to(g.dtype)
         if not _is_pointwise(v, geometry):
             return data_gradient(g, weight, geometry, size, memory_format)
-        reached = pointwise(g, weight.flatten(1).mT, None, memory_format)
+        reached = pointwise(g, weight.flatten(1).mT, memory_format)
         if geometry.stride == (1, 1):
             return reached
         dx = empty((*reached.shape[:2], *size), g, memory_format).zero_()
@@ -51,11 +51,11 @@ class ComposedBackend:
         weight = fold_left(u, groups, s, scale, z.dtype)
         bias = None if shift is None else shift.to(z.dtype)
         if groups == 1:
-            y = pointwise(z, weight.flatten(1), bias, memory_format)
+            y = pointwise(z, weight.flatten(1), memory_format, bias=bias, residual=residual)
         else:
             y = convolve(z, weight, bias, Geometry(groups=groups), memory_format)
-        if residual is not None:
-            y.add_(residual)
+            if residual is not None:
+                y.add_(residual)
         if relu:
             y.relu_()
         mask = pack_nonzero(dense_view(y)) if keep_mask else y.new_empty(0, dtype=torch.uint8)
@@ -67,7 +67,7 @@ class ComposedBackend:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         left = fold_left(u, groups, None, scale, d.dtype)
         if groups == 1:
-            g = pointwise(d, left.flatten(1).mT, None, memory_format)
+            g = pointwise(d, left.flatten(1).mT, memory_format)
         else:
             g = data_gradient(d, left, Geometry(groups=groups), d.shape[2:], memory_format)
         return g, self._ds(z, z_scale, g) if need_ds else g.new_empty(0)
