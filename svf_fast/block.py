@@ -38,9 +38,9 @@ def run_chain(
     if autocast is not None:
         x, residual = x.to(autocast), None if residual is None else residual.to(autocast)
     affines = [_affine(conv, norm) for conv, norm in zip(convs, norms, strict=True)]
-    values = [conv.singular_values() for conv in convs]
+    values = [conv.checked_singular_values() for conv in convs]
     return chain(
-        convs[0].pad(x), [conv.v for conv in convs], values, [conv.u for conv in convs],
+        convs[0].pad(x, convs[0].plan()[1]), [conv.v for conv in convs], values, [conv.u for conv in convs],
         [scale for scale, _ in affines], [shift for _, shift in affines], residual, activation == "relu",
         flatten_geometry([conv.plan()[0] for conv in convs]),
     )[0]  # fmt: skip
@@ -66,6 +66,7 @@ def _can_chain(
         not isinstance(residual, Tensor)
         or residual.shape != (x.shape[0], convs[-1].out_channels, *sizes[-1])
         or residual.dtype != (autocast_dtype(x) or x.dtype)
+        or residual.device != x.device
     ):
         return False
     return any(t is not None and t.requires_grad for t in (x, residual, *(conv.s for conv in convs)))

@@ -4,7 +4,7 @@ into the convolution before it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,51 @@ from svf_fast.contract import check
 from svf_fast.swap import Swapped, restore, swap
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Snapshot(NamedTuple):
+    """The state of tensors that something was computed from: tells later whether it still holds."""
+
+    # the tensors themselves, so that no other can take their place in memory
+    sources: tuple[Tensor, ...]
+    state: tuple
+    # short vectors whose values are compared as well: writes through `.data` leave no trace in version counters
+    vectors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, sources: Sequence[Tensor], vectors: Sequence[Tensor], *more: Any) -> Snapshot | None:
+        """None where nothing is to be kept: inference tensors count no versions, vmap's have no storage."""
+        if any(t.is_inference() for t in sources):
+            return None
+        try:
+            state = (*more, *((t._version, t.data_ptr(), t.dtype, t.device) for t in sources))
+        except RuntimeError:
+            return None
+        return cls(tuple(sources), state, tuple(vectors))
+
+    def with_copies(self) -> Snapshot:
+        """The same, the vectors copied, to be compared with later states."""
+        return self._replace(vectors=tuple(t.detach().clone() for t in self.vectors))
+
+    def still_holds(self, now: Snapshot) -> bool:
+        """Whether `now` is the same state.
+
+        On an accelerator comparing values would synchronise: there writes through `.data` are noticed at the next `train()`
+        or `eval()`.
+        """
+        if len(self.sources) != len(now.sources) or any(
+            a is not b for a, b in zip(self.sources, now.sources, strict=True)
+        ):
+            return False
+        if self.state != now.state or any(type(t) not in (Tensor, nn.Parameter) for t in now.vectors):
+            return False
+        if now.vectors[0].device.type != "cpu":
+            return True
+        try:
+            return all(torch.equal(a, b) for a, b in zip(self.vectors, now.vectors, strict=True))
+        except RuntimeError:
+            # a tracer's mode has no values to compare
+            return False
 
 
 class FrozenNorm(Swapped):
@@ -50,20 +95,20 @@ class FrozenAffine(FrozenNorm):
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """scale = γ / √(σ² + ε) and shift = β − μ · scale, [C] each; the same tuple until one of the sources changes."""
         sources = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
             return self._compute()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
+        state = Snapshot.of(sources, sources, self.eps)
+        if state is None:
             return self._compute()
-        key = (self.eps, *[(t._version, t.data_ptr(), t.dtype, t.device) for t in sources])
         kept = self.__dict__.get("_scale_and_shift")
-        if kept is None or kept[0] != key or not same_values(kept[1], sources):
+        if kept is None or not kept[0].still_holds(state):
             with torch.inference_mode(False), torch.no_grad():
-                kept = (key, [t.detach().clone() for t in sources], self._compute())
-            if type(kept[2][0]) is not Tensor:
+                kept = (state.with_copies(), self._compute())
+            if type(kept[1][0]) is not Tensor:
                 # a tracer's stand-in must not outlive the trace
-                return kept[2]
+                return kept[1]
             self.__dict__["_scale_and_shift"] = kept
-        return kept[2]
+        return kept[1]
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         scale = torch.rsqrt(self.running_var + self.eps)
@@ -79,22 +124,6 @@ class FrozenAffine(FrozenNorm):
         channels = (1, -1) + (1,) * (x.ndim - 2)
         scale, shift = (t.to(x.dtype).view(channels) for t in self.scale_and_shift())
         return x * scale + shift
-
-
-def same_values(kept: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
-    """Whether short vectors still hold what they held: catches writes through `.data`, which version counters miss.
-
-    On a GPU the comparison would synchronise: there such writes are noticed at the next `train()` or `eval()`.
-    """
-    if any(type(t) not in (Tensor, nn.Parameter) for t in now):
-        return False
-    if now[0].device.type == "cuda":
-        return True
-    try:
-        return all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
-    except RuntimeError:
-        # a tracer's mode has no values to compare
-        return False
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from svf_fast.contract import Geometry, check, memory_format_of
 from svf_fast.decompose import decompose, recompose
-from svf_fast.frozen_norm import FrozenAffine, same_values
+from svf_fast.frozen_norm import FrozenAffine, Snapshot
 from svf_fast.functional import ACTIVATIONS, SAVES, autocast_dtype, fused_conv2d, svf_linear
 from svf_fast.vendor import convolve
 
@@ -32,9 +32,8 @@ def fingerprint(weight: Tensor) -> Tensor:
 class _Merged(NamedTuple):
     """A merged weight, and what it was merged from."""
 
-    key: tuple
+    state: Snapshot
     affine: tuple[Tensor, Tensor] | None
-    s: Tensor
     weight: Tensor
     bias: Tensor | None
 
@@ -91,6 +90,17 @@ class SVFModule(nn.Module):
             return self.s0
         return self.s if self.parametrization == "direct" else self.s0 * self.s
 
+    def checked_singular_values(self) -> Tensor:
+        """`singular_values()`; ValueError or TypeError where s or v no longer fits u."""
+        s, u, v = self.singular_values(), self.u, self.v
+        if s.shape != (v.shape[0],) or s.device != u.device or v.device != u.device:
+            raise ValueError(
+                f"s must be [{v.shape[0]}] on {u.device} like u, got {list(s.shape)} on {s.device}; v is on {v.device}"
+            )
+        if s.dtype not in (u.dtype, torch.float32) or v.dtype != u.dtype:
+            raise TypeError(f"s and v must be {u.dtype} like u (s may be float32), got {s.dtype} and {v.dtype}")
+        return s
+
     @property
     def weight(self) -> Tensor:
         """The merged weight, differentiable in `s`: for code that reads a layer's weight instead of calling it."""
@@ -130,17 +140,14 @@ class SVFModule(nn.Module):
         """Merged weight and bias of `dtype`, the affine folded in; kept until a source changes."""
         sources = [self.s, self.s0, self.u, self.v, *([] if self.bias is None else [self.bias])]
         affine = None if norm is None else norm.scale_and_shift()
-        if any(t.is_inference() for t in sources):
+        state = Snapshot.of(sources, [self.s], dtype, layout, self.is_disabled, self.parametrization)
+        if state is None:
             return self._merge_now(dtype, layout, affine)
-        key = (
-            dtype, layout, self.is_disabled, self.parametrization,
-            *[(t._version, t.data_ptr(), t.device) for t in sources],
-        )  # fmt: skip
         kept = self.__dict__.get("_merged_cache")
         # the norm gives the same tuple as long as nothing in it has changed
-        if kept is None or kept.key != key or kept.affine is not affine or not same_values([kept.s], [self.s]):
+        if kept is None or kept.affine is not affine or not kept.state.still_holds(state):
             with torch.inference_mode(False), torch.no_grad():
-                kept = _Merged(key, affine, self.s.detach().clone(), *self._merge_now(dtype, layout, affine))
+                kept = _Merged(state.with_copies(), affine, *self._merge_now(dtype, layout, affine))
             if type(kept.weight) is not Tensor:
                 # a tracer's stand-in must not outlive the trace
                 return kept.weight, kept.bias
@@ -204,7 +211,7 @@ class SVFConv2d(SVFModule):
 
     def plan(self) -> tuple[Geometry, tuple[int, int, int, int]]:
         """What the op convolves with, and the padding left, right, top and bottom that is done before it (reflect, replicate,
-        circular, or unequal sides). Read afresh at each call: stride, padding and dilation may be changed in place."""
+        circular, or unequal sides). Read afresh at each call: stride, padding and dilation, pairs, may be changed."""
         (stride_h, stride_w), (dilation_h, dilation_w) = self.stride, self.dilation
         if not isinstance(self.padding, str):
             top, left = self.padding
@@ -220,9 +227,10 @@ class SVFConv2d(SVFModule):
             sides, padding = (left, right, top, bottom), (0, 0)
         return Geometry((stride_h, stride_w), padding, (dilation_h, dilation_w), self.groups), sides
 
-    def pad(self, x: Tensor) -> Tensor:
-        """x with the padding that the op itself does not do."""
-        _, sides = self.plan()
+    def pad(self, x: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
+        """x with the padding that the op itself does not do, the second of `plan`."""
+        if not any(sides):
+            return x
         return F.pad(x, sides, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def check_input(self, x: Tensor) -> tuple[int, int]:
@@ -255,21 +263,22 @@ class SVFConv2d(SVFModule):
                 x.unsqueeze(0), residual=None if residual is None else residual.unsqueeze(0), activation=activation
             ).squeeze(0)  # fmt: skip
         size = self.check_input(x)
+        if norm is not None and norm.num_features != self.out_channels:
+            raise ValueError(f"norm must have {self.out_channels} channels like the output, got {norm.num_features}")
         autocast = autocast_dtype(x)
         dtype = x.dtype if autocast is None else autocast
         if residual is not None and not self.takes_residual(residual, (x.shape[0], self.out_channels, *size), dtype):
             return _activate(self.forward(x, norm=norm) + residual, activation)
         geometry, sides = self.plan()
-        if any(sides):
-            x = self.pad(x)
+        x = self.pad(x, sides)
         if not self.needs_graph(x, residual, norm) and not torch.compiler.is_compiling():
             return self._plain(x, norm, residual, activation, geometry, dtype)
         if autocast is not None:
-            x, residual = x.to(autocast), None if residual is None else residual.to(autocast)
+            x = x.to(autocast)
         scale, shift = (None, None) if norm is None else norm.scale_and_shift()
         return fused_conv2d(
-            x, self.v, self.singular_values(), self.u, bias=self.bias, scale=scale, shift=shift, residual=residual,
-            activation=activation, geometry=geometry, save=self.save,
+            x, self.v, self.checked_singular_values(), self.u, bias=self.bias, scale=scale, shift=shift,
+            residual=residual, activation=activation, geometry=geometry, save=self.save,
         )  # fmt: skip
 
     def needs_graph(self, x: Tensor, residual: Tensor | None, norm: FrozenAffine | None) -> bool:
@@ -281,7 +290,12 @@ class SVFConv2d(SVFModule):
 
     def takes_residual(self, residual: Any, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Whether the op may add `residual` to an output of that shape and dtype: no broadcast and no promotion."""
-        return isinstance(residual, Tensor) and residual.shape == shape and residual.dtype == dtype
+        return (
+            isinstance(residual, Tensor)
+            and residual.shape == shape
+            and residual.dtype == dtype
+            and residual.device == self.u.device
+        )
 
     def _plain(
         self, x: Tensor, norm: FrozenAffine | None, residual: Tensor | None, activation: str | None, geometry: Geometry,
@@ -291,7 +305,7 @@ class SVFConv2d(SVFModule):
         weight, bias = self._merged(dtype, layout, norm)
         y = convolve(x.to(dtype), weight, bias, geometry, layout)
         if residual is not None:
-            y = y.add_(residual) if residual.dtype == y.dtype else y + residual
+            y.add_(residual)
         return y.relu_() if activation == "relu" else y
 
     def extra_repr(self) -> str:

@@ -25,7 +25,7 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, memory_format: torch.memory_format
 ) -> Tensor:
     """F.conv2d of a dense x [N, Ci, H, W]."""
-    inside = _inside(x, geometry, memory_format)
+    inside = _inside(x, x.shape[2:], weight, geometry, memory_format)
     return dense(F.conv2d(dense(x, inside), weight, bias, *geometry), memory_format)
 
 
@@ -39,7 +39,7 @@ def data_gradient(
             size, g.shape[2:], weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True
         )
     ]
-    g = dense(g, _inside(g, geometry, memory_format))
+    g = dense(g, _inside(g, size, weight, geometry, memory_format))
     dx = F.conv_transpose2d(
         g, weight, None, geometry.stride, geometry.padding, spare, geometry.groups, geometry.dilation
     )
@@ -54,19 +54,22 @@ def pointwise(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """1x1 convolution of a dense x [N, Ci, H, W] with weight [Co, Ci], any strides, plus bias [Co] and residual, as one matrix
-    product.
+    """1x1 convolution of a dense x [N, Ci, H, W] with weight [Co, Ci] of any strides, plus bias [Co] and residual, as one
+    matrix product.
 
     torch's transposed 1x1 convolution writes its result twice on CPU, and its layouts change with the thread count.
     """
     batch, channels, height, width = x.shape
     pixels = height * width
     if memory_format is torch.contiguous_format and pixels >= _WIDE_PICTURE and _has_onednn(x):
+        # one channel, or a picture one pixel wide, has strides that read as either format: canonical ones read as this
+        x = x.view(-1).view(x.shape)
         if bias is None and not weight.is_contiguous() and torch.get_num_threads() > 1:
             # with several threads torch takes oneDNN for this by itself, and nothing need be transposed
             y = F.conv_transpose2d(x, weight.mT[:, :, None, None])
         else:
             y = torch.mkldnn_convolution(x, weight.contiguous()[:, :, None, None], bias, (0, 0), (1, 1), (1, 1), 1)
+        y = dense(y, memory_format)
         return y if residual is None else y.add_(residual)
     # written through `out=` into a tensor of its own: a view as an op's output could not be modified in place by users
     y = empty((batch, weight.shape[0], height, width), x, memory_format)
@@ -99,10 +102,20 @@ def empty(shape: Sequence[int], like: Tensor, memory_format: torch.memory_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
-def _inside(t: Tensor, geometry: Geometry, memory_format: torch.memory_format) -> torch.memory_format:
-    """The memory format to convolve `t` in."""
-    is_slow = max(geometry.padding) > _NARROW_PADDING and geometry.groups == 1 and _has_onednn(t)
-    return torch.channels_last if is_slow else memory_format
+def _inside(
+    t: Tensor, size: Sequence[int], weight: Tensor, geometry: Geometry, memory_format: torch.memory_format
+) -> torch.memory_format:
+    """The memory format to convolve `t` in, the picture being of height and width `size`."""
+    if max(geometry.padding) <= _NARROW_PADDING or geometry.groups != 1 or not _has_onednn(t):
+        return memory_format
+    # only where every output sees the picture: oneDNN has crashed in channels_last on outputs that see padding alone
+    is_ordinary = all(
+        padding <= dilation * (taps - 1) // 2 and padding < extent
+        for padding, dilation, taps, extent in zip(
+            geometry.padding, geometry.dilation, weight.shape[2:], size, strict=True
+        )
+    )
+    return torch.channels_last if is_ordinary else memory_format
 
 
 def _has_onednn(t: Tensor) -> bool:

@@ -66,6 +66,8 @@ CASES = (
     # where vendor.py asks for oneDNN by name: wide pictures, and padding wider than 3
     ConvCase(channels=(6, 9), kernel=(1, 1), padding=(0, 0), size=(33, 35)),
     ConvCase(channels=(9, 6), kernel=(1, 1), padding=(0, 0), size=(65, 66), stride=(2, 2), batch=1),
+    # one channel out: strides that read as either memory format
+    ConvCase(channels=(6, 1), kernel=(1, 1), padding=(0, 0), size=(33, 34)),
     ConvCase(channels=(5, 7), padding=(4, 4), dilation=(4, 4), size=(9, 11)),
     ConvCase(channels=(5, 7), padding=(5, 1), dilation=(3, 1), stride=(2, 1), size=(8, 7)),
 )

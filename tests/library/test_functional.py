@@ -62,7 +62,7 @@ def test_what_follows_the_convolution(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("case", CASES[-4:], ids=str)
+@pytest.mark.parametrize("case", CASES[-5:], ids=str)
 def test_several_threads_and_no_onednn(case: ConvCase, layout: torch.memory_format) -> None:
     """Which of torch's kernels runs depends on both; the result does not."""
     problem = make_problem(case, torch.float32, EXTRAS[5], memory_format=layout)

@@ -400,3 +400,76 @@ def test_wide_padding_without_a_graph(layout: torch.memory_format) -> None:
         y, expected = SVFConv2d.from_conv(conv)(x), conv(x)
     assert_close({"y": y}, {"y": expected}, torch.float32)
     assert y.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("channels", [(1, 4), (6, 1), (1, 1)])
+@pytest.mark.parametrize("x_layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dy_layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_grey_pictures_whose_strides_read_as_either_format(
+    dy_layout: torch.memory_format, x_layout: torch.memory_format, channels: tuple[int, int], threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        conv = nn.Conv2d(*channels, 1)
+        layer = SVFConv2d.from_conv(conv)
+        x = torch.randn(2, channels[0], 32, 33).to(memory_format=x_layout).requires_grad_()
+        dy = torch.randn(2, channels[1], 32, 33).to(memory_format=dy_layout)
+        found, expected = layer(x, activation="relu"), torch.relu(conv(x))
+        assert_close({"y": found}, {"y": expected}, torch.float32)
+        dx, expected_dx = (torch.autograd.grad(y, x, dy)[0] for y in (found, expected))
+        assert_close({"dx": dx}, {"dx": expected_dx}, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_parts_that_no_longer_fit_are_named() -> None:
+    x = picture(dtype=torch.float32)
+    for change, sentence in (
+        (lambda m: setattr(m, "s", nn.Parameter(m.s.detach().to("meta"))), "s must be"),
+        (lambda m: setattr(m, "s", nn.Parameter(m.s.detach()[:1])), "s must be"),
+        (lambda m: setattr(m, "s", nn.Parameter(m.s.detach().double())), "s and v must be"),
+        (lambda m: setattr(m, "v", nn.Parameter(m.v.detach().double(), requires_grad=False)), "s and v must be"),
+    ):
+        layer: Any = SVFConv2d.from_conv(make_conv("bias", torch.float32))
+        change(layer)
+        with pytest.raises((ValueError, TypeError), match=sentence):
+            layer(x)
+    layer = SVFConv2d.from_conv(make_conv("bias", torch.float32))
+    with pytest.raises((ValueError, RuntimeError)):
+        layer(x, residual=torch.zeros_like(layer(x), device="meta"))
+    model: Any = svf_fast.convert(nn.Sequential(make_conv("bias", torch.float32), nn.BatchNorm2d(8), nn.ReLU()))
+    for number in (1, 3):
+        other: Any = svf_fast.convert(nn.Sequential(nn.Conv2d(6, number, 1), nn.BatchNorm2d(number)))[1]
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="norm must have 8 channels"):
+                model[0](x, norm=other)
+
+
+def test_vmap_over_what_is_merged() -> None:
+    layer: Any = SVFConv2d.from_conv(make_conv("bias", torch.float32))
+    x, values = picture(dtype=torch.float32), torch.stack([layer.s.detach(), 2 * layer.s.detach()])
+    norm: Any = svf_fast.convert(nn.Sequential(make_conv("bias", torch.float32), nn.BatchNorm2d(8)))[1]
+    weights = torch.rand(2, 8)
+    with torch.no_grad():
+        layer(x)
+        each = [torch.func.functional_call(layer, {"s": s}, (x,)) for s in values]
+        found = torch.vmap(lambda s: torch.func.functional_call(layer, {"s": s}, (x,)))(values)
+        assert_close({"y": found}, {"y": torch.stack(each)}, torch.float32)
+        y = layer(x)
+        normed = torch.vmap(lambda w: torch.func.functional_call(norm, {"weight": w}, (y,)))(weights)
+        each = [torch.func.functional_call(norm, {"weight": w}, (y,)) for w in weights]
+        assert_close({"y": normed}, {"y": torch.stack(each)}, torch.float32)
+
+
+def test_a_factor_that_takes_the_place_of_a_freed_one_is_noticed() -> None:
+    layer: Any = SVFConv2d(nn.Conv2d(64, 64, 1), parametrization="scale")
+    x = torch.randn(1, 64, 3, 3)
+    for _ in range(20):
+        with torch.no_grad():
+            layer(x)
+        for _ in range(3):
+            layer.u = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+        with torch.no_grad():
+            assert_close({"y": layer(x)}, {"y": layer.merged()(x)}, torch.float32)
