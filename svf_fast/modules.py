@@ -108,9 +108,9 @@ class SVFModule(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """U diag(s) Vᵀ in the base weight's shape, dtype and memory format, computed in float64."""
+        layout = memory_format_of(self.v) if self.v.ndim == 4 else torch.contiguous_format
         with torch.no_grad():
-            weight = recompose(self.u.double(), self.singular_values().double(), self.v.double()).to(self.u.dtype)
-        return weight.contiguous(memory_format=memory_format_of(self.v)) if weight.ndim == 4 else weight
+            return self._merge_now(self.u.dtype, layout, None)[0]
 
     def check_kind(self, x: Tensor) -> None:
         """TypeError unless x has the layer's dtype or autocast will give it one; ValueError unless it is on its device."""
@@ -157,6 +157,7 @@ class SVFModule(nn.Module):
     def _merge_now(
         self, dtype: torch.dtype, layout: torch.memory_format, affine: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor | None]:
+        """What `_merged` keeps, computed in float64."""
         weight = recompose(self.u.double(), self.singular_values().double(), self.v.double())
         bias = None if self.bias is None else self.bias.double()
         if affine is not None:

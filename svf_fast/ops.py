@@ -24,8 +24,8 @@ def _format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-# Defined by hand, its autograd kernel too: what `custom_op` wraps around them costs 100 µs a call with this many arguments,
-# 6 % of the step of a small picture.
+# Defined by hand, its autograd kernel too: with this many arguments a call that does nothing takes 135 µs through `custom_op`
+# and 63 µs so (torch 2.13), and a step has one for each layer.
 _library = torch.library.Library("svf_fast", "FRAGMENT")
 _library.define(
     "conv2d(Tensor x, Tensor v, Tensor s, Tensor u, Tensor? scale, Tensor? shift, Tensor? residual, bool relu, "

@@ -383,47 +383,6 @@ def test_a_transformer_layer_still_evaluates() -> None:
         assert error_ratio(layer(x), expected) < 1e-5
 
 
-def test_right_factors_and_merged_weight_keep_the_memory_format_of_the_weight() -> None:
-    conv = make_conv("bias", torch.float32).to(memory_format=torch.channels_last)
-    layer = SVFConv2d.from_conv(conv)
-    for weight in (layer.v, layer.merged().weight):
-        assert weight.is_contiguous(memory_format=torch.channels_last)
-    x = picture(dtype=torch.float32)
-    assert_close({"y": layer(x)}, {"y": conv(x)}, torch.float32)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_wide_padding_without_a_graph(layout: torch.memory_format) -> None:
-    conv = nn.Conv2d(6, 8, 3, padding=4, dilation=4)
-    x = picture(dtype=torch.float32).contiguous(memory_format=layout)
-    with torch.no_grad():
-        y, expected = SVFConv2d.from_conv(conv)(x), conv(x)
-    assert_close({"y": y}, {"y": expected}, torch.float32)
-    assert y.stride() == expected.stride()
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("channels", [(1, 4), (6, 1), (1, 1)])
-@pytest.mark.parametrize("x_layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("dy_layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_grey_pictures_whose_strides_read_as_either_format(
-    dy_layout: torch.memory_format, x_layout: torch.memory_format, channels: tuple[int, int], threads: int
-) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        conv = nn.Conv2d(*channels, 1)
-        layer = SVFConv2d.from_conv(conv)
-        x = torch.randn(2, channels[0], 32, 33).to(memory_format=x_layout).requires_grad_()
-        dy = torch.randn(2, channels[1], 32, 33).to(memory_format=dy_layout)
-        found, expected = layer(x, activation="relu"), torch.relu(conv(x))
-        assert_close({"y": found}, {"y": expected}, torch.float32)
-        dx, expected_dx = (torch.autograd.grad(y, x, dy)[0] for y in (found, expected))
-        assert_close({"dx": dx}, {"dx": expected_dx}, torch.float32)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_parts_that_no_longer_fit_are_named() -> None:
     x = picture(dtype=torch.float32)
     for change, sentence in (
