@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svf_fast import backends
 from svf_fast.bits import packed_bytes
-from svf_fast.contract import Geometry, dense, memory_format_of
+from svf_fast.contract import Geometry, Kept, Layer, Needs, memory_format_of
 from svf_fast.ops import refuse_double_backward
 
 _LAYERS = "Tensor[] v, Tensor[] s, Tensor[] u, Tensor[] scale, Tensor[] shift"
@@ -48,17 +48,17 @@ def chain(
     """y, the first layer's z, the last layer's mask; a ReLU follows every layer but the last, where `relu` decides."""
     implementation = backends.select(x.device)
     memory_format = memory_format_of(x)
-    layers = geometries(geometry)
+    layers = _layers(v, s, u, scale, shift, geometry, relu)
     last = len(layers) - 1
     first_z, y = x.new_empty(0), x
-    for i, (layer, vi, si, ui, ai, bi) in enumerate(zip(layers, v, s, u, scale, shift, strict=True)):
-        z = implementation.v_convolution(y, vi, layer, memory_format)
-        if i == 0:
-            first_z = z
-        y, mask = implementation.project(
-            z, si, ui, ai, bi, residual if i == last else None, relu or i < last, relu and i == last, memory_format
+    for i, layer in enumerate(layers):
+        is_last = i == last
+        y, kept = implementation.forward(
+            y, layer, residual if is_last else None, "none" if i else "exact", relu and is_last, memory_format
         )
-    return y, first_z, mask
+        if i == 0:
+            first_z = kept.z
+    return y, first_z, kept.mask
 
 
 @chain.register_fake
@@ -83,33 +83,48 @@ def chain_backward(
     """dx, every layer's ds behind one another, and d = dy ⊙ mask (empty where not needed or equal to dy)."""
     implementation = backends.select(dy.device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    layers = geometries(geometry)
-    sizes = layer_sizes(size, v, layers)
+    # the ReLU at the end is in the mask already
+    layers = _layers(v, s, u, scale, shift, geometry, False)
+    sizes = layer_sizes(size, v, [layer.geometry for layer in layers])
+    no_scale = dy.new_empty(0, dtype=torch.float32)
+    # h behind the first layer; then each layer's z, and the mask below which it lies
     zs, masks = [z], []
-    for i in range(len(layers) - 1):
-        h, inner_mask = implementation.project(
-            zs[i], s[i], u[i], scale[i], shift[i], None, True, True, memory_format
-        )  # fmt: skip
+    for i, layer in enumerate(layers[:-1]):
+        if i == 0:
+            h, inner_mask = implementation.project(z, layer, None, True, memory_format)
+        else:
+            h, kept = implementation.forward(h, layer, None, "exact", True, memory_format)
+            zs.append(kept.z)
+            inner_mask = kept.mask
         masks.append(inner_mask)
-        zs.append(implementation.v_convolution(h, v[i + 1], layers[i + 1], memory_format))
+    if len(layers) > 1:
+        zs.append(implementation.v_convolution(h, layers[-1], memory_format))
         del h
-    d = dense(dy, memory_format)
-    if mask.numel():
-        d = implementation.apply_mask(d, mask)
-    residual_gradient = d if need_d and mask.numel() else dy.new_empty(0)
-    no_scale = dy.new_empty(0)
+    masks.append(mask)
     ds: list[Tensor] = []
+    residual_gradient, d = dy.new_empty(0), dy
     for i in reversed(range(len(layers))):
-        g, ds_i = implementation.project_backward(
-            d, zs.pop(), no_scale, u[i], scale[i], layers[i].groups, True, memory_format
+        is_last = i == len(layers) - 1
+        needs = Needs(need_dx or i > 0, True, need_d and is_last)
+        d, ds_i, masked = implementation.backward(
+            d, layers[i], Kept(zs.pop(), no_scale, masks.pop()), None, sizes[i], memory_format, needs
         )
         ds.append(ds_i.to(s[i].dtype))
-        if i == 0 and not need_dx:
-            break
-        d = implementation.v_convolution_backward(g, s[i], v[i], layers[i], sizes[i], memory_format)
-        if i > 0:
-            d = implementation.apply_mask(d, masks.pop())
+        if is_last:
+            residual_gradient = masked
     return d if need_dx else dy.new_empty(0), torch.cat(ds[::-1]), residual_gradient
+
+
+def _layers(
+    v: list[Tensor], s: list[Tensor], u: list[Tensor], scale: list[Tensor], shift: list[Tensor], geometry: list[int],
+    relu: bool,
+) -> list[Layer]:  # fmt: skip
+    """The chain's layers; a ReLU follows each but the last, where `relu` decides."""
+    last = len(v) - 1
+    return [
+        Layer(v[i], s[i], u[i], scale[i], shift[i], layer_geometry, i < last or relu)
+        for i, layer_geometry in enumerate(geometries(geometry))
+    ]
 
 
 @chain_backward.register_fake

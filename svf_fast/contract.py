@@ -4,8 +4,8 @@ Forward   z = conv(x, v);  y = act((scale ⊙ u ⊙ s) z + shift + residual)
 Backward  d = dy ⊙ act';  g = (scale ⊙ u)ᵀ d;  ds = Σ z ⊙ g;  dx = conv_transpose(s ⊙ g, v)
 
 Layout: y, z and dx are dense in x's memory format (contiguous or channels_last); the mask holds one bit an element of y,
-in y's memory order, lowest bit first (bits.py); int8 z has one float32 scale a channel (quantize.py). Whatever one
-backend keeps, another can read.
+in y's memory order, lowest bit first (bits.py); int8 z has one float32 scale a channel and group of pixels (quantize.py).
+Whatever one backend keeps, another can read.
 """
 
 from __future__ import annotations
@@ -36,36 +36,80 @@ class Geometry(NamedTuple):
         return height, width
 
 
+class Layer(NamedTuple):
+    """One layer as the ops hand it to a backend: factors, singular values, the frozen affine, and what surrounds them."""
+
+    v: Tensor
+    s: Tensor
+    u: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    geometry: Geometry
+    relu: bool = False
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the V-convolution is one matrix product over (every stride-th of the) pixels."""
+        return self.v.shape[2:] == (1, 1) and self.geometry.padding == (0, 0) and self.geometry.groups == 1
+
+
+class Kept(NamedTuple):
+    """What forward keeps for backward; empty tensors where nothing is."""
+
+    # [N, R, Ho, Wo] in x's dtype or int8
+    z: Tensor
+    # [groups of pixels, R] float32 beside int8 z
+    z_scale: Tensor
+    # one bit an element of y
+    mask: Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients backward is asked for."""
+
+    dx: bool
+    ds: bool
+    # d = dy ⊙ act', the residual's gradient
+    d: bool
+
+
 class Backend(Protocol):
-    """One implementation of the contract. All tensors lie on one device; no autograd runs inside.
+    """One implementation of the contract. All tensors lie on one device; no autograd runs inside."""
 
-    `forward` and `backward` in ops.py are made of these parts; a backend that can do better in one pass than in two
-    (V-convolution and projection back to back, say) does so behind the same names.
-    """
-
-    def v_convolution(self, x: Tensor, v: Tensor, geometry: Geometry, memory_format: torch.memory_format) -> Tensor:
-        """z [N, R, Ho, Wo] in x's dtype."""
-
-    def v_convolution_backward(
-        self, g: Tensor, s: Tensor, v: Tensor, geometry: Geometry, size: Sequence[int],
+    def forward(
+        self, x: Tensor, layer: Layer, residual: Tensor | None, keep_z: str, keep_mask: bool,
         memory_format: torch.memory_format,
-    ) -> Tensor:  # fmt: skip
-        """dx of height and width `size`: the data gradient of s ⊙ g, g [N, R, Ho, Wo]. May write into g."""
+    ) -> tuple[Tensor, Kept]:  # fmt: skip
+        """y [N, Co, Ho, Wo] and what is kept: z as `keep_z` says ("exact", "int8"; anything else keeps none)."""
+
+    def backward(
+        self, dy: Tensor, layer: Layer, kept: Kept, x: Tensor | None, size: Sequence[int],
+        memory_format: torch.memory_format, needs: Needs,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """dx of height and width `size`, ds [R] in at least float32, and d; empty where not needed, d also where it is dy.
+
+        z is rebuilt from `x` where none was kept.
+        """
 
     def project(
-        self, z: Tensor, s: Tensor, u: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-        relu: bool, keep_mask: bool, memory_format: torch.memory_format,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """y [N, Co, Ho, Wo] and its mask (empty unless `keep_mask`)."""
+        self, z: Tensor, layer: Layer, residual: Tensor | None, keep_mask: bool, memory_format: torch.memory_format
+    ) -> tuple[Tensor, Tensor]:
+        """y and its mask (empty unless `keep_mask`) from a z in full."""
 
-    def project_backward(
-        self, d: Tensor, z: Tensor, z_scale: Tensor, u: Tensor, scale: Tensor | None, groups: int, need_ds: bool,
-        memory_format: torch.memory_format,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """g [N, R, Ho, Wo] and, when `need_ds`, ds [R] in at least float32 (else empty)."""
+    def v_convolution(self, x: Tensor, layer: Layer, memory_format: torch.memory_format) -> Tensor:
+        """z [N, R, Ho, Wo] in x's dtype."""
 
-    def apply_mask(self, dy: Tensor, mask: Tensor) -> Tensor:
-        """d = dy where the mask's bit is set, exactly 0 elsewhere; dy is dense."""
+    def scale_groups(self, pixels: int) -> int:
+        """How many groups of pixels this backend gives a scale of its own when it keeps z as int8."""
+
+    def max_cosine(self, query: Tensor, support: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        """The largest cosine [B, Hq·Wq] and the support position [B, Hq·Wq] (int32) that has it; cosine.py has the formula."""
+
+    def max_cosine_backward(
+        self, dvalue: Tensor, query: Tensor, source: Tensor, winners: Tensor, mask: Tensor | None, eps: float,
+        size: Sequence[int], is_gathered: bool, need_query: bool, need_support: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """dquery and dsupport, empty where not needed; `source` is the support or, when `is_gathered`, its winning rows."""
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:

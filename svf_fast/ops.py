@@ -10,8 +10,7 @@ from torch import Tensor
 
 from svf_fast import backends
 from svf_fast.bits import packed_bytes
-from svf_fast.contract import Geometry, dense, memory_format_of
-from svf_fast.quantize import quantize
+from svf_fast.contract import Geometry, Kept, Layer, Needs, memory_format_of
 
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
@@ -39,17 +38,9 @@ def _conv2d(
     relu: bool, stride: Any, padding: Any, dilation: Any, groups: int, keep_z: str, keep_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, z as `keep_z` says ("none", "exact", "int8", "input": z is rebuilt from x), z's scale, the mask."""
-    implementation = backends.select(x.device)
-    memory_format = memory_format_of(x)
-    geometry = _geometry(stride, padding, dilation, groups)
-    z = implementation.v_convolution(x, v, geometry, memory_format)
-    y, mask = implementation.project(z, s, u, scale, shift, residual, relu, keep_mask, memory_format)
-    z_scale = x.new_empty(0, dtype=torch.float32)
-    if keep_z == "int8":
-        z, z_scale = quantize(z)
-    elif keep_z != "exact":
-        z = x.new_empty(0)
-    return y, z, z_scale, mask
+    layer = Layer(v, s, u, scale, shift, _geometry(stride, padding, dilation, groups), relu)
+    y, kept = backends.select(x.device).forward(x, layer, residual, keep_z, keep_mask, memory_format_of(x))
+    return y, *kept
 
 
 _library.impl("conv2d", _conv2d, "CompositeExplicitAutograd")
@@ -66,7 +57,8 @@ def _(x, v, s, u, scale, shift, residual, relu, stride, padding, dilation, group
         dtype = torch.int8 if keep_z == "int8" else x.dtype
         z = x.new_empty((x.shape[0], v.shape[0], *size), dtype=dtype).to(memory_format=memory_format)
     if keep_z == "int8":
-        z_scale = x.new_empty(v.shape[0], dtype=torch.float32)
+        groups_of_pixels = backends.select(x.device).scale_groups(x.shape[0] * size[0] * size[1])
+        z_scale = x.new_empty(groups_of_pixels, v.shape[0], dtype=torch.float32)
     if keep_mask:
         mask = x.new_empty(packed_bytes(y.numel()), dtype=torch.uint8)
     return y, z, z_scale, mask
@@ -85,21 +77,11 @@ def conv2d_backward(
     need_dx: bool, need_ds: bool, need_d: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, ds in s's dtype, and d = dy ⊙ mask (the residual's gradient); empty where not needed or equal to dy."""
-    implementation = backends.select(dy.device)
-    memory_format = _format(channels_last)
-    geometry = _geometry(stride, padding, dilation, groups)
-    d = dense(dy, memory_format)
-    if mask.numel():
-        d = implementation.apply_mask(d, mask)
-    dx, ds = dy.new_empty(0), s.new_empty(0)
-    if need_dx or need_ds:
-        if need_ds and x is not None:
-            z = implementation.v_convolution(x, v, geometry, memory_format)
-        g, ds = implementation.project_backward(d, z, z_scale, u, scale, groups, need_ds, memory_format)
-        ds = ds.to(s.dtype)
-        if need_dx:
-            dx = implementation.v_convolution_backward(g, s, v, geometry, list(size), memory_format)
-    return dx, ds, d if need_d and mask.numel() else dy.new_empty(0)
+    layer = Layer(v, s, u, scale, None, _geometry(stride, padding, dilation, groups))
+    dx, ds, d = backends.select(dy.device).backward(
+        dy, layer, Kept(z, z_scale, mask), x, list(size), _format(channels_last), Needs(need_dx, need_ds, need_d)
+    )
+    return dx, ds.to(s.dtype), d
 
 
 @conv2d_backward.register_fake

@@ -3,6 +3,7 @@ one is one file here (or in kernels/) and one `register` call."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -31,11 +32,30 @@ def _not_built(what: str) -> _Entry:
     return _Entry(load, lambda device: what)
 
 
+def _load_triton() -> Backend:
+    from svf_fast.kernels.backend import make
+
+    return make()
+
+
+def _why_no_triton(device: str) -> str | None:
+    if device != "cuda":
+        return f"Triton's kernels run on CUDA devices, not on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA devices"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"the kernels need compute capability 8.0 or newer, this device has {major}.{minor}"
+
+
 _composed = ComposedBackend()
 _entries: dict[str, _Entry] = {
     "torch": _Entry(lambda: _composed, lambda device: None),
     "cpp": _not_built("this version has no compiled extension yet"),
-    "triton": _not_built("this version has no Triton kernels yet"),
+    "triton": _Entry(_load_triton, _why_no_triton),
 }
 # `auto` takes the first that can run on the device.
 _preference = ("triton", "cpp", "torch")

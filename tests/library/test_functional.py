@@ -13,7 +13,7 @@ from error_ratio import INT8_DS_TOLERANCE, TOLERANCE, assert_close, error_ratio
 from torch import Tensor
 
 from svf_fast import functional, reference
-from svf_fast.backends.composed import ComposedBackend
+from svf_fast.backends import composed
 
 SAVES = ("exact", "int8", "recompute")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -240,7 +240,7 @@ def test_no_data_gradient_is_computed_below_the_first_trained_layer(monkeypatch:
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("the data gradient was computed although nothing asked for it")
 
-    monkeypatch.setattr(ComposedBackend, "v_convolution_backward", refuse)
+    monkeypatch.setattr(composed, "v_convolution_backward", refuse)
     problem = make_problem(ConvCase(), torch.float32, {}, memory_format=torch.contiguous_format)
     s = problem.s.requires_grad_()
     functional.svf_conv2d(problem.x, problem.v, s, problem.u, padding=1).sum().backward()

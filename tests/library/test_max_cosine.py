@@ -10,7 +10,7 @@ import torch
 from error_ratio import assert_close, error_ratio
 from torch import Tensor
 
-from svf_fast import cosine
+from svf_fast.backends import composed_cosine
 from svf_fast.functional import max_cosine
 from svf_fast.memory import kept_bytes
 from svf_fast.reference import max_cosine_matrix
@@ -72,8 +72,8 @@ def test_equal_to_the_matrix_form(dtype: torch.dtype, shape: tuple[int, ...], ki
 def test_many_tiles_and_both_layouts(
     layouts: tuple[torch.memory_format, torch.memory_format], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cosine, "_TILE_ELEMENTS", 100)
-    monkeypatch.setattr(cosine, "_CHUNK_COLUMNS", 7)
+    monkeypatch.setattr(composed_cosine, "_TILE_ELEMENTS", 100)
+    monkeypatch.setattr(composed_cosine, "_CHUNK_COLUMNS", 7)
     query = features(2, 6, 5, 6, seed=2).contiguous(memory_format=layouts[0])
     support = features(2, 6, 7, 4, seed=3).contiguous(memory_format=layouts[1])
     mask = make_mask(kind, 2, 7, 4)

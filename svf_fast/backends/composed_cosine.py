@@ -1,0 +1,127 @@
+"""The max-cosine prior of the `torch` backend: tiles of the cosine matrix from stock operations; cosine.py has the formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from svf_fast.contract import memory_format_of
+
+# Elements of one tile of cosines: 16 MiB of float32, small beside the features, large enough for a full-speed GEMM.
+_TILE_ELEMENTS = 4 * 1024 * 1024
+_CHUNK_COLUMNS = 1024
+
+
+def max_cosine(query: Tensor, support: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The largest cosine [B, Hq·Wq] and the support position [B, Hq·Wq] (int32) that has it."""
+    batch, _, height, width = query.shape
+    values = query.new_empty(batch, height * width)
+    winners = torch.empty(batch, height * width, dtype=torch.int32, device=query.device)
+    for b in range(batch):
+        values[b], winners[b] = _stream(
+            query[b].flatten(1), support[b].flatten(1), None if mask is None else mask[b].flatten(), eps
+        )
+    return values, winners
+
+
+def max_cosine_backward(
+    dvalue: Tensor, query: Tensor, source: Tensor, winners: Tensor, mask: Tensor | None, eps: float,
+    size: Sequence[int], is_gathered: bool, need_query: bool, need_support: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dquery and dsupport (empty where not needed) of `max_cosine`."""
+    batch, channels, height, width = size
+    dquery = torch.zeros_like(query, memory_format=memory_format_of(query)) if need_query else query.new_empty(0)
+    dsupport = query.new_zeros(batch, height * width, channels) if need_support else query.new_empty(0)
+    taken = 0
+    for b in range(batch):
+        positions, slot = winners[b].unique(return_inverse=True)
+        if is_gathered:
+            rows = source[taken : taken + len(positions)]
+            taken += len(positions)
+        else:
+            rows = source[b].flatten(1)[:, positions.long()].mT
+        weight = None if mask is None else mask[b].flatten()[positions.long()]
+        drows = _backward_one(
+            dvalue[b], query[b].flatten(1), rows, weight, slot, eps, dquery[b].flatten(1) if need_query else None
+        )
+        if need_support:
+            dsupport[b].index_copy_(0, positions.long(), drows if weight is None else drows * weight.unsqueeze(1))
+    if need_support:
+        dsupport = dsupport.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return dquery, dsupport
+
+
+def _stream(q: Tensor, a: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """One picture: q [C, Nq], a [C, Ns], weight [Ns] → largest cosine [Nq] and its position [Nq]."""
+    precise = _accumulation_dtype(q)
+    q = q.to(precise)
+    q_norm = torch.linalg.vector_norm(q, dim=0, dtype=precise)
+    best = q.new_full((q.shape[1],), -torch.inf, dtype=precise)
+    winner = torch.zeros(q.shape[1], dtype=torch.int64, device=q.device)
+    positions = None
+    if weight is not None and q.device.type == "cpu":
+        # positions of weight 0 have cosine 0: one stands for all (on a GPU the selection would cost a synchronisation)
+        positions = weight.nonzero().flatten()
+        if len(positions) < len(weight):
+            best.zero_()
+            winner.fill_(int((weight == 0).to(torch.uint8).argmax()))
+    count = a.shape[1] if positions is None else len(positions)
+    tile = max(_TILE_ELEMENTS // q.shape[1], 1)
+    for start in range(0, count, tile):
+        chosen = slice(start, start + tile) if positions is None else positions[start : start + tile]
+        rows = a[:, chosen].mT.to(precise)  # [t, C]
+        if weight is not None:
+            rows = rows * weight[chosen].unsqueeze(1)
+        cosine = rows @ q
+        norms = torch.outer(torch.linalg.vector_norm(rows, dim=1, dtype=precise), q_norm)
+        value, position = cosine.div_(norms.add_(eps)).max(0)
+        position = position + start if positions is None else positions[start + position]
+        # NaN wins, as it does in torch.max
+        wins = (value > best) | value.isnan()
+        best = torch.where(wins, value, best)
+        winner = torch.where(wins, position, winner)
+    return best.to(a.dtype), winner.to(torch.int32)
+
+
+def _backward_one(
+    dvalue: Tensor, q: Tensor, rows: Tensor, weight: Tensor | None, slot: Tensor, eps: float, dq: Tensor | None
+) -> Tensor:
+    """One picture: writes dq [C, Nq] and returns the gradient [T, C] of the weighted rows a = rows ⊙ weight.
+
+    cos = ⟨a, q⟩ / n with n = ‖a‖‖q‖ + eps, so d⟨a, q⟩ = g / n and dn = -g · cos / n; the norm of a zero vector has gradient 0.
+    """
+    precise = _accumulation_dtype(q)
+    a = rows.to(precise) if weight is None else rows.to(precise) * weight.to(precise).unsqueeze(1)
+    a_norm = torch.linalg.vector_norm(a, dim=1)
+    a_unit = torch.where(a_norm > 0, 1 / a_norm, 0).unsqueeze(1) * a
+    drows = torch.zeros_like(a)
+    dnorm = torch.zeros_like(a_norm)
+    for start in range(0, q.shape[1], _CHUNK_COLUMNS):
+        part = slice(start, start + _CHUNK_COLUMNS)
+        columns = q[:, part].to(precise).mT.contiguous()  # [n, C]
+        winner = slot[part]
+        a_won = a[winner]
+        q_norm = torch.linalg.vector_norm(columns, dim=1)
+        n = a_norm[winner] * q_norm + eps
+        ddot = dvalue[part].to(precise) / n
+        dn = -ddot * (a_won * columns).sum(1) / n
+        if dq is not None:
+            q_unit = torch.where(q_norm > 0, 1 / q_norm, 0) * dn * a_norm[winner]
+            dq[:, part] = (ddot.unsqueeze(1) * a_won + q_unit.unsqueeze(1) * columns).mT.to(dq.dtype)
+        _add_rows(drows, winner, ddot.unsqueeze(1) * columns)
+        _add_rows(dnorm, winner, dn * q_norm)
+    return (drows + dnorm.unsqueeze(1) * a_unit).to(rows.dtype)
+
+
+def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """total[index] += rows, deterministic on each device: index_add_ is so on CPU, sorted index_put_ on CUDA."""
+    if total.device.type == "cpu":
+        total.index_add_(0, index, rows)
+    else:
+        total.index_put_((index,), rows, accumulate=True)
+
+
+def _accumulation_dtype(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)

@@ -1,0 +1,241 @@
+"""Every kernel of the layer against float64, through the op and each of its ways: outputs, all gradients by name, odd sizes,
+both memory formats, sliced inputs, every tile configuration on offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle, product
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE
+from conv_cases import CASES, EXTRAS, ConvCase, Problem, make_problem
+from error_ratio import INT8_DS_TOLERANCE, TOLERANCE, assert_close
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from ways import Forced, on_device, path  # noqa: E402
+
+from svf_fast.kernels import configs  # noqa: E402
+from svf_fast.kernels.backend import Way  # noqa: E402
+from svf_fast.quantize import GROUP_PIXELS  # noqa: E402
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+SAVES = ("exact", "int8", "recompute")
+PATHS = ("fused", "project", "epilogue", "merged")
+# tf32 has ten bits of mantissa
+TF32_TOLERANCE = 2e-3
+
+
+def check(problem: Problem, save: str, dtype: torch.dtype, tolerance: float | None = None) -> dict[str, Tensor]:
+    """Runs the problem in the backend in force and compares with float64."""
+    out = problem.run(save)
+    reference = problem.reference(out["y"])
+    own = {} if tolerance is None else dict.fromkeys(out, tolerance)
+    if save == "int8":
+        # few pixels average the noise out less
+        pixels = problem.dy.numel() / problem.dy.shape[1]
+        own["ds"] = max(1.5, 12 / pixels**0.5) * INT8_DS_TOLERANCE + (
+            TOLERANCE[dtype] if tolerance is None else tolerance
+        )
+    assert_close(out, reference, dtype, tolerance=own)
+    return out
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_way_on_each_geometry(case: ConvCase, name: str, in_triton: Callable[[Any], Any]) -> None:
+    """Layouts, save modes, dtypes and what surrounds the layer take turns, another phase for each geometry."""
+    turn = CASES.index(case)
+    dtypes = cycle((torch.float32, torch.bfloat16, torch.float16))
+    extras = cycle(EXTRAS)
+    for _ in range(turn):
+        next(dtypes), next(extras)
+    # programs of the interpreter are slow: a third of the combinations for each geometry, another third for the next
+    combinations = [(LAYOUTS[(turn + i) % 2], save) for i, save in enumerate(SAVES)]
+    if name == "merged":
+        combinations = [(layout, "recompute") for layout in LAYOUTS]
+    for layout, save in combinations:
+        dtype = next(dtypes)
+        problem = on_device(make_problem(case, dtype, next(extras), memory_format=layout, seed=turn), DEVICE)
+        with in_triton(path(name)):
+            out = check(problem, save, dtype)
+        assert out["y"].is_contiguous(memory_format=layout)
+        assert out["dx"].is_contiguous(memory_format=layout)
+
+
+OFFERS = [
+    (save, precision, "fused", config)
+    for save, precision, rank in product(("exact", "int8"), ("ieee", "tf32"), (100, 200))
+    for config in configs.back_to_back_forward(rank, precision, save == "int8")
+]
+OFFERS += [
+    (save, precision, "project", config)
+    for save, precision in product(("exact", "int8"), ("ieee", "tf32", "tf32x3"))
+    for config in configs.projection_forward(precision)
+]
+
+
+@pytest.mark.parametrize(("save", "precision", "name", "config"), OFFERS, ids=str)
+def test_every_forward_configuration(
+    save: str, precision: str, name: str, config: Any, in_triton: Callable[[Any], Any]
+) -> None:  # fmt: skip
+    """Several tiles each way, none of them whole; mask words where channels come in multiples of 32."""
+    _check_configuration(save, precision, name, config, in_triton)
+
+
+BACKWARD_OFFERS = [
+    (save, precision, "fused", config)
+    for save, precision, rank in product(("exact", "int8"), ("ieee", "tf32"), (100, 200))
+    for config in configs.back_to_back_backward(rank, precision)
+]
+BACKWARD_OFFERS += [
+    (save, precision, "project", config)
+    for save, precision, rank in product(("exact", "int8"), ("ieee", "tf32", "tf32x3"), (100, 200))
+    for config in configs.projection_backward(rank, precision)
+]
+
+
+@pytest.mark.parametrize(("save", "precision", "name", "config"), list(dict.fromkeys(BACKWARD_OFFERS)), ids=str)
+def test_every_backward_configuration(
+    save: str, precision: str, name: str, config: Any, in_triton: Callable[[Any], Any]
+) -> None:  # fmt: skip
+    _check_configuration(save, precision, name, config, in_triton)
+
+
+def _check_configuration(
+    save: str, precision: str, name: str, config: Any, in_triton: Callable[[Any], Any]
+) -> None:  # fmt: skip
+    # conftest puts it back
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    dtype = torch.bfloat16 if precision == "ieee" else torch.float32
+    rank = 200 if config.BR > 128 else 100
+    wanted = Forced(lambda way: way == Way(name, config))
+    for channels in ((rank, 160), (135, rank)):
+        case = ConvCase(
+            batch=2, channels=channels, kernel=(1, 1), padding=(0, 0), size=(9, 11), rank=min(rank, *channels)
+        )
+        problem = on_device(make_problem(case, dtype, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
+        with in_triton(wanted):
+            check(problem, save, dtype, TF32_TOLERANCE if precision == "tf32" else None)
+    assert wanted.taken
+
+
+@pytest.mark.parametrize("name", ["fused", "project"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sliced_and_expanded_inputs(name: str, dtype: torch.dtype, in_triton: Callable[[Any], Any]) -> None:
+    """Read where they are: x and the residual sliced out of larger tensors, dy one value expanded, then transposed."""
+    case = ConvCase(channels=(40, 32), kernel=(1, 1), padding=(0, 0), size=(9, 7))
+    for layout in LAYOUTS:
+        problem = make_problem(case, dtype, EXTRAS[5], memory_format=layout)
+        assert problem.residual is not None
+        for field in ("x", "residual"):
+            t = getattr(problem, field)
+            large = torch.randn(3, t.shape[1] + 3, 12, 17).to(dtype).contiguous(memory_format=layout)
+            setattr(problem, field, large[1:, 2:-1, 2:11, 1:15:2])
+        for dy in (torch.ones((), dtype=dtype).expand(problem.dy.shape), problem.dy.mT.contiguous().mT):
+            problem.dy = dy
+            with in_triton(path(name)):
+                check(on_device(problem, DEVICE), "exact", dtype)
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_only_what_is_asked_for(save: str, in_triton: Callable[[Any], Any]) -> None:
+    """Each subset of x, s and residual: the same gradients as when all are asked for, and none else."""
+    from svf_fast import functional
+
+    case = ConvCase(channels=(24, 32), kernel=(1, 1), padding=(0, 0))
+    problem = on_device(make_problem(case, torch.float32, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
+    for name in ("fused", "project"):
+        with in_triton(path(name)):
+            full = problem.run(save)
+            for asked in product((True, False), repeat=3):
+                if not any(asked):
+                    continue
+                tensors = [
+                    t.detach().requires_grad_(needed)
+                    for t, needed in zip((problem.x, problem.s, problem.residual), asked, strict=True)
+                ]
+                x, s, residual = tensors
+                y = functional.svf_conv2d(
+                    x, problem.v, s, problem.u, residual=residual, **problem.vectors, **problem.keywords, save=save
+                )
+                y.backward(problem.dy)
+                for t, needed, gradient in zip(tensors, asked, ("dx", "ds", "dresidual"), strict=True):
+                    assert (t.grad is not None) == needed
+                    if t.grad is not None:
+                        # another kernel may compute it
+                        assert torch.allclose(t.grad, full[gradient], rtol=1e-4, atol=1e-4)
+
+
+def test_the_relu_stops_what_is_not_finite(in_triton: Callable[[Any], Any]) -> None:
+    """Zero where the ReLU was closed even under an infinite or NaN dy; NaN in x reaches y."""
+    case = ConvCase(channels=(24, 32), kernel=(1, 1), padding=(0, 0))
+    for name in ("fused", "project"):
+        problem = on_device(make_problem(case, torch.float32, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
+        with in_triton(path(name)):
+            closed = problem.run()["y"] == 0
+            problem.dy = torch.where(closed, torch.full_like(problem.dy, float("inf")), problem.dy)
+            out = problem.run()
+            assert all(out[k].isfinite().all() for k in ("dx", "ds", "dresidual"))
+            problem.x[0, 3, 2, 2] = float("nan")
+            assert problem.run()["y"][0, :, 2, 2].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["fused", "project", "epilogue"])
+def test_int8_z_of_one_backend_is_read_by_the_other(name: str, in_triton: Callable[[Any], Any]) -> None:
+    """Forward in Triton, backward composed; one scale a channel and group of 64 pixels, in N·H·W order for both layouts."""
+    from svf_fast import backends, functional
+
+    case = ConvCase(channels=(40, 32), kernel=(1, 1), padding=(0, 0), size=(9, 11))
+    for layout in LAYOUTS:
+        problem = on_device(make_problem(case, torch.float32, EXTRAS[5], memory_format=layout), DEVICE)
+        expected = problem.reference()["ds"]
+        backend = path(name)
+        s = problem.s.detach().requires_grad_()
+        with in_triton(backend):
+            y = functional.svf_conv2d(
+                problem.x, problem.v, s, problem.u, residual=problem.residual, **problem.vectors, **problem.keywords,
+                save="int8",
+            )  # fmt: skip
+            (scale,) = [t for t in y.grad_fn.saved_tensors if t is not None and t.shape == (4, 32)]
+            assert backend.scale_groups(2 * 9 * 11) == len(scale) == -(-2 * 9 * 11 // GROUP_PIXELS)
+        with svf_backend_torch():
+            y.backward(problem.dy)
+        assert s.grad is not None
+        assert_close({"ds": s.grad}, {"ds": expected}, torch.float32, tolerance={"ds": INT8_DS_TOLERANCE})
+        assert backends.current() != "triton"
+
+
+def svf_backend_torch() -> Any:
+    import svf_fast
+
+    return svf_fast.backend("torch")
+
+
+def test_the_same_bits_run_to_run(in_triton: Callable[[Any], Any]) -> None:
+    case = ConvCase(channels=(40, 32), kernel=(1, 1), padding=(0, 0), size=(9, 11))
+    problem = on_device(make_problem(case, torch.bfloat16, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
+    for name, save in product(("fused", "project"), SAVES):
+        with in_triton(path(name)):
+            first, second = problem.run(save), problem.run(save)
+        assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_what_the_kernels_do_not_take_is_composed(in_triton: Callable[[Any], Any]) -> None:
+    """float64, an empty batch, groups: the same results through the plain composition."""
+    from svf_fast.kernels.backend import TritonBackend
+
+    with in_triton(TritonBackend(None)):
+        for save in SAVES:
+            problem = on_device(make_problem(ConvCase(), torch.float64, EXTRAS[5], memory_format=LAYOUTS[1]), DEVICE)
+            check(problem, save, torch.float64)
+            check(
+                on_device(make_problem(CASES[10], torch.float32, EXTRAS[5], memory_format=LAYOUTS[1]), DEVICE),
+                save, torch.float32,
+            )  # fmt: skip
+            problem.x, problem.dy = problem.x[:0], problem.dy[:0]
+            problem.residual = None
+            assert problem.run(save)["ds"].eq(0).all()
