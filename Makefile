@@ -10,7 +10,8 @@ demo: $(STAMP)
 	$(BIN)/svf-fast demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	# two processes: most tests run on one thread; a file stays in one process with what it has set up
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

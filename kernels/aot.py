@@ -92,7 +92,7 @@ def jobs(types: list[str], keeps: list[str]) -> Iterator[Job]:
                 offers = {
                     "fused": configs.back_to_back_forward(rank, products, keep == "int8"),
                     "fused backward": configs.back_to_back_backward(rank, products),
-                    "project": configs.projection_forward(products),
+                    "project": configs.projection_forward(products, keep == "int8"),
                     "project backward": configs.projection_backward(rank, products),
                 }
                 for kernel, tiles in offers.items():
@@ -102,7 +102,8 @@ def jobs(types: list[str], keeps: list[str]) -> Iterator[Job]:
                             seen.add((kernel, keep, config))
                             yield Job(kernel, layer, name, keep, config)
         yield Job("cosine", "prior", name, "", configs.COSINE[products])
-        for kernel in _ELEMENTWISE:
+        # the same kernel whatever a product rounds
+        for kernel in _ELEMENTWISE if name != "fp32" or "tf32" not in types else ():
             yield Job(kernel, "prior" if "cosine" in kernel else "l3 conv3", name, "", configs.COSINE_BACKWARD)
 
 
@@ -194,16 +195,8 @@ def compile_job(arch: int, job: Job) -> list[Cost]:
         text = log.getvalue()
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill", text)]
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
-        costs.append(
-            Cost(
-                arch,
-                job,
-                max(registers, default=0),
-                sum(spills),
-                kernel.metadata.shared,
-                kernel.asm["ptx"].count(TENSOR_CORES[arch]),
-            )  # fmt: skip
-        )
+        tensor_cores = kernel.asm["ptx"].count(TENSOR_CORES[arch])
+        costs.append(Cost(arch, job, max(registers, default=0), sum(spills), kernel.metadata.shared, tensor_cores))
         return kernel
 
     with tempfile.TemporaryDirectory() as cache:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from svf_fast.contract import Kept, Layer
 from svf_fast.kernels.gradient import kept_z, projected_gradient
-from svf_fast.kernels.launch import Config, Gradients, Outputs, blocks, has_words, is_uniform, strides_of
+from svf_fast.kernels.launch import PICTURE_SIZES, Config, Gradients, Outputs, blocks, has_words, is_uniform, strides_of
 from svf_fast.kernels.tiles import finish, rows_of, store_bits, store_quantized, tile_offsets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PICTURE_SIZES)
 def forward_kernel(
     x, v, s, u, scale, shift, residual, y, mask, z, q, q_scale,
     pixels, plane, width, inputs, rank, channels, x_strides, y_strides, residual_strides, z_strides,
@@ -73,7 +73,7 @@ def forward_kernel(
         u_block += BN * rank
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PICTURE_SIZES)
 def backward_kernel(
     dy, mask, u, scale, s, v, z, q, q_scale, d, dx, partial,
     pixels, plane, width, inputs, rank, channels, dy_strides, y_strides, z_strides, dx_strides,

@@ -23,7 +23,7 @@ from triton.runtime.errors import OutOfResources
 from svf_fast.backends.composed import ComposedBackend, data_gradient_of, v_convolution
 from svf_fast.bits import packed_bytes
 from svf_fast.choice import Chooser
-from svf_fast.contract import Geometry, Kept, Layer, Needs, dense, fold_left
+from svf_fast.contract import Geometry, Kept, Layer, Needs, fold_left
 from svf_fast.kernels import back_to_back, configs, cosine, elementwise, projection
 from svf_fast.kernels.launch import (
     Config,
@@ -55,19 +55,52 @@ class Way(NamedTuple):
 
 
 COMPOSED = Way("composed")
+# Decides for a key which of the ways on offer to take; the last argument runs one.
+Pick = Callable[[Hashable, Callable[[], list[Way]], Callable[[Way], object]], Way]
+
+
+def first_offer(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
+    """The choice without measuring, the same in every run."""
+    return offer()[0]
+
+
+class Measured:
+    """The fastest way of each key as a Chooser finds it. Under CUDA graph capture, where nothing can be measured, and under
+    torch.use_deterministic_algorithms, what is not known yet takes the first offer."""
+
+    def __init__(self, chooser: Chooser) -> None:
+        self._chooser = chooser
+        self._ways: dict[Hashable, Way] = {}
+
+    def __call__(self, key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
+        # two roundings of one sum are both right, but only one of them is the same in every run
+        if torch.are_deterministic_algorithms_enabled():
+            return first_offer(key, offer, run)
+        way = self._ways.get(key)
+        if way is not None:
+            return way
+        ways = offer()
+        by_name = {str(way): way for way in (*ways, COMPOSED)}
+        name = self._chooser.known(key)
+        if name not in by_name:
+            if _is_capturing():
+                return ways[0]
+            name = str(COMPOSED)
+            if len(by_name) > 1:
+                name = self._chooser.choose(key, {n: partial(run, way) for n, way in by_name.items()}, name)
+        self._ways[key] = by_name[name]
+        return by_name[name]
 
 
 class TritonBackend:
-    """Kernels where they are faster. `chooser` None takes each shape's first offer unmeasured, as a captured graph and
-    torch.use_deterministic_algorithms do."""
+    """Kernels in the way that `pick` decides for each shape."""
 
     max_cosine = staticmethod(cosine.max_cosine)
     max_cosine_backward = staticmethod(cosine.max_cosine_backward)
 
-    def __init__(self, chooser: Chooser | None) -> None:
-        self._chooser = chooser
+    def __init__(self, pick: Pick) -> None:
+        self._way = pick
         self._composed = ComposedBackend()
-        self._ways: dict[Hashable, Way] = {}
 
     def scale_groups(self, pixels: int) -> int:
         return (pixels + GROUP_PIXELS - 1) // GROUP_PIXELS
@@ -110,25 +143,6 @@ class TritonBackend:
         key = _key("project", z, layer, memory_format, residual is None, layer.relu, keep_mask)
         return run(self._way(key, partial(projection_ways, z, layer, memory_format), run))
 
-    def _way(self, key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
-        """The way for `key`: the one in use, the one on record, or the fastest of those on offer."""
-        way = self._ways.get(key)
-        if way is not None:
-            return way
-        ways = offer()
-        if self._chooser is None or torch.are_deterministic_algorithms_enabled() or _is_capturing():
-            return ways[0]
-        if len(ways) == 1:
-            way = ways[0]
-        else:
-            by_name = {str(way): way for way in (*ways, COMPOSED)}
-            name = self._chooser.known(key)
-            if name not in by_name:
-                name = self._chooser.choose(key, {n: partial(run, w) for n, w in by_name.items()}, str(COMPOSED))
-            way = by_name[name]
-        self._ways[key] = way
-        return way
-
     def run_forward(
         self, way: Way, x: Tensor, layer: Layer, residual: Tensor | None, keep_z: str, keep_mask: bool,
         memory_format: torch.memory_format,
@@ -143,7 +157,7 @@ class TritonBackend:
             out = _outputs(y, layer.v.shape[0], keep_z, keep_mask, memory_format)
             assert way.config is not None
             back_to_back.forward(
-                x, _matrices(layer, x.dtype), residual, out, way.config, precision(x.dtype, convolution_tf32())
+                x, _dense_operands(layer, x.dtype), residual, out, way.config, precision(x.dtype, convolution_tf32())
             )
             return y, _kept(out, keep_mask)
         z = v_convolution(x, layer, memory_format)
@@ -158,9 +172,10 @@ class TritonBackend:
             assert way.config is not None
             y = empty((len(z), layer.u.shape[0], *z.shape[2:]), z, memory_format)
             out = _outputs(y, z.shape[1], "int8" if keep_z == "int8" else "none", keep_mask, memory_format)
-            left = torch.mul(layer.u, layer.s, out=torch.empty_like(layer.u, dtype=z.dtype))
-            tf32 = convolution_tf32()
-            projection.forward(z, left, layer, residual, out, way.config, precision(z.dtype, tf32))
+            left = torch.empty(layer.u.shape, dtype=z.dtype, device=z.device)
+            torch.mul(layer.u, layer.s, out=left)
+            products = precision(z.dtype, convolution_tf32())
+            projection.forward(z, left, _dense_operands(layer, z.dtype), residual, out, way.config, products)
             return y, _kept(out._replace(z=z if keep_z == "exact" else None), keep_mask)
         if way.path == "epilogue":
             groups = layer.geometry.groups
@@ -180,7 +195,7 @@ class TritonBackend:
         mask = None
         if keep_mask and has_words(strides_of(y), y.shape[1]):
             mask = torch.empty(packed_bytes(y.numel()), dtype=torch.uint8, device=y.device)
-        elementwise.epilogue(layer, residual, Outputs(y, mask))
+        elementwise.epilogue(_dense_operands(layer, y.dtype), residual, Outputs(y, mask))
         if mask is None:
             mask = elementwise.pack(y) if keep_mask else y.new_empty(0, dtype=torch.uint8)
         return y, self._kept_of(y, z, keep_z, mask)
@@ -207,7 +222,7 @@ class TritonBackend:
             return self._composed.backward(dy, layer, kept, None, size, memory_format, needs)
         config = way.config
         assert config is not None
-        batch, channels, height, width = dy.shape
+        batch, _, height, width = dy.shape
         rank = layer.v.shape[0]
         d, partial_sums = None, None
         if needs.d and kept.mask.numel():
@@ -222,11 +237,10 @@ class TritonBackend:
             dx = empty((batch, layer.v.shape[1], *size), dy, memory_format)
             if layer.geometry.stride != (1, 1):
                 dx.zero_()
-            back_to_back.backward(dy, _matrices(layer, dy.dtype), kept, out, dx, config, products)
+            back_to_back.backward(dy, _dense_operands(layer, dy.dtype), kept, out, dx, config, products)
         else:
             weighted = empty((batch, rank, height, width), dy, memory_format) if needs.dx else None
-            cast = layer._replace(u=layer.u.to(dy.dtype).contiguous())
-            projection.backward(dy, cast, kept, out, weighted, config, products)
+            projection.backward(dy, _dense_operands(layer, dy.dtype), kept, out, weighted, config, products)
             if weighted is not None:
                 dx = data_gradient_of(weighted, layer.v.to(dy.dtype), layer, size, memory_format)
         ds = dy.new_empty(0) if partial_sums is None else partial_sums.sum(0)
@@ -235,7 +249,7 @@ class TritonBackend:
 
 def forward_ways(x: Tensor, layer: Layer, keep_z: str, memory_format: torch.memory_format) -> list[Way]:
     """What is offered for a forward; the first is taken where nothing may be measured."""
-    ways = projection_ways(x, layer, memory_format)
+    ways = projection_ways(x, layer, memory_format, keep_z == "int8")
     if ways == [COMPOSED]:
         return ways
     rank = layer.v.shape[0]
@@ -249,13 +263,15 @@ def forward_ways(x: Tensor, layer: Layer, keep_z: str, memory_format: torch.memo
     return ways
 
 
-def projection_ways(z: Tensor, layer: Layer, memory_format: torch.memory_format) -> list[Way]:
+def projection_ways(z: Tensor, layer: Layer, memory_format: torch.memory_format, is_int8: bool = False) -> list[Way]:
     """What is offered from z on."""
     if z.dtype not in _DTYPES or z.numel() == 0:
         return [COMPOSED]
     ways = [Way("epilogue")]
     if layer.geometry.groups == 1:
-        ways = [Way("project", c) for c in configs.projection_forward(precision(z.dtype, convolution_tf32()))] + ways
+        ways = [
+            Way("project", c) for c in configs.projection_forward(precision(z.dtype, convolution_tf32()), is_int8)
+        ] + ways
     # contiguous pictures are read pixel by pixel: stock operations are the safe choice there
     return ways if memory_format is torch.channels_last else [COMPOSED, *ways]
 
@@ -279,9 +295,15 @@ def _key(what: str, t: Tensor, layer: Layer, memory_format: torch.memory_format,
     )  # fmt: skip
 
 
-def _matrices(layer: Layer, dtype: torch.dtype) -> Layer:
-    """The factors of a pointwise layer as dense matrices of `dtype`."""
-    return layer._replace(v=layer.v.flatten(1).to(dtype).contiguous(), u=layer.u.to(dtype).contiguous())
+def _dense_operands(layer: Layer, dtype: torch.dtype) -> Layer:
+    """The layer with its factors as dense matrices of `dtype` and its vectors dense, as the kernels read them."""
+    return layer._replace(
+        v=layer.v.flatten(1).to(dtype).contiguous() if layer.is_pointwise else layer.v,
+        u=layer.u.to(dtype).contiguous(),
+        s=layer.s.contiguous(),
+        scale=None if layer.scale is None else layer.scale.contiguous(),
+        shift=None if layer.shift is None else layer.shift.contiguous(),
+    )
 
 
 def _merged_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
@@ -335,4 +357,4 @@ def _seconds(way: Callable[[], object]) -> list[float]:
 def make() -> TritonBackend:
     """The backend of this process's CUDA devices, which are taken to be alike."""
     versions = f"{torch.cuda.get_device_name()} torch {torch.__version__} triton {triton.__version__}"
-    return TritonBackend(Chooser(versions, _seconds, UNFIT))
+    return TritonBackend(Measured(Chooser(versions, _seconds, UNFIT)))

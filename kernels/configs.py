@@ -25,6 +25,8 @@ def back_to_back_forward(rank: int, precision: str, is_int8: bool) -> list[Confi
         return [Config(64, 32 if BR > 128 else 64, 32, BR, 8, 2)]
     if BR > 128:
         return [Config(64, 64, 64, BR, 8, 3)] + [Config(128, 64, 64, BR, 8, 2)] * (not is_int8)
+    if is_int8:
+        return [Config(64, 64, 64, BR, 8, 3)]
     return [Config(64, 64, 64, BR, 4, 3), Config(128, 64, 64, BR, 8, 3)]
 
 
@@ -40,10 +42,10 @@ def back_to_back_backward(rank: int, precision: str) -> list[Config]:
     return [Config(64, 64, 64, BR, 4, 3), Config(128, 64, 64, BR, 8, 3)]
 
 
-def projection_forward(precision: str) -> list[Config]:
+def projection_forward(precision: str, is_int8: bool) -> list[Config]:
     """Offers for projection.forward, the one to take unmeasured first. BR is not used."""
     if precision == "ieee":
-        return [Config(128, 128, 64, 0, 8, 3), Config(128, 64, 64, 0, 4, 3)]
+        return [Config(128, 128, 64, 0, 8, 3), Config(64, 64, 64, 0, 4, 3) if is_int8 else Config(128, 64, 64, 0, 4, 3)]
     offers = [Config(64, 64, 32, 0, 4, 3), Config(128, 64, 32, 0, 8, 3)]
     return offers if precision == "tf32x3" else [*offers, Config(128, 128, 32, 0, 8, 3)]
 

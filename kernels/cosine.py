@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROGRAMS = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("queries", "supports", "per_split"))
 def forward_kernel(
     query, support, weight, query_norm, support_norm, best, winner, eps,
     channels, queries, supports, per_split, query_strides, support_strides,
@@ -75,7 +75,7 @@ def forward_kernel(
     tl.store(winner + out, position, mask=j < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("queries", "supports"))
 def backward_query_kernel(
     dvalue, query, source, weight, row_of, winner, coefficients, dquery, eps,
     channels, queries, supports, query_strides, source_stride_c, dquery_strides,
@@ -122,7 +122,7 @@ def backward_query_kernel(
             tl.store(dquery_rows[:, None] + c * dquery_strides[2], gradient.to(dquery.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("queries", "supports"))
 def backward_support_kernel(
     query, source, weight, row_of, order, first_of, coefficients, dsupport,
     channels, queries, supports, query_strides, source_stride_c,

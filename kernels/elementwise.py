@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svf_fast.bits import packed_bytes
 from svf_fast.contract import Layer, dense_view
-from svf_fast.kernels.launch import Outputs, blocks, is_uniform, strides_of
+from svf_fast.kernels.launch import PICTURE_SIZES, Outputs, blocks, is_uniform, strides_of
 from svf_fast.kernels.tiles import finish, rows_of, store_bits, store_quantized, tile_offsets
 
 # Memory-bound: enough for every thread to hold a few 16-byte accesses.
@@ -39,7 +39,7 @@ def keep_kernel(values, mask, out, count, BLOCK: tl.constexpr):
     tl.store(out + index, tl.where(bits != 0, value, 0.0), mask=index < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PICTURE_SIZES)
 def epilogue_kernel(
     y, scale, shift, residual, mask, pixels, plane, width, channels, y_strides, residual_strides,
     RELU: tl.constexpr, UNIFORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -64,7 +64,7 @@ def epilogue_kernel(
         store_bits(mask, out.to(tl.float32) != 0, start, rows, rows_ok, first, channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PICTURE_SIZES)
 def quantize_kernel(
     z, q, q_scale, pixels, plane, width, rank, z_strides, q_strides,
     UNIFORM: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,

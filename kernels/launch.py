@@ -11,6 +11,8 @@ import triton
 from torch import Tensor
 
 Strides = tuple[int, int, int, int]
+# Arguments whose value is not compiled in: a new picture size costs no compilation.
+PICTURE_SIZES = ("pixels", "plane", "width")
 
 
 class Config(NamedTuple):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from svf_fast.contract import Kept, Layer
 from svf_fast.kernels.gradient import kept_z, projected_gradient
-from svf_fast.kernels.launch import Config, Gradients, Outputs, blocks, has_words, is_uniform, strides_of
+from svf_fast.kernels.launch import PICTURE_SIZES, Config, Gradients, Outputs, blocks, has_words, is_uniform, strides_of
 from svf_fast.kernels.tiles import finish, rows_of, store_bits, store_quantized, tile_offsets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PICTURE_SIZES)
 def forward_kernel(
     z, left, scale, shift, residual, y, mask, q, q_scale,
     pixels, plane, width, rank, channels, z_strides, y_strides, residual_strides, q_strides,
@@ -52,7 +52,7 @@ def forward_kernel(
     tl.store(y + y_start + tile_offsets(y_rows, c, y_strides), out, mask=ok)
     if mask is not None:
         store_bits(mask, out.to(tl.float32) != 0, y_start, y_rows, rows_ok, first, channels)
-    if q is not None:
+    if q is not None:  # noqa: SIM102 (this is decided while compiling, the next while running)
         if first == 0:
             # read once more, from the cache, rather than held in registers during the product
             q_start, q_rows = rows_of(first_pixel, plane, width, q_strides, UNIFORM, BM)
@@ -68,7 +68,7 @@ def forward_kernel(
                 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PICTURE_SIZES)
 def backward_kernel(
     dy, mask, u, scale, s, z, q, q_scale, d, weighted, partial,
     pixels, plane, width, rank, channels, dy_strides, y_strides, z_strides, weighted_strides,

@@ -84,9 +84,13 @@ def _words(mask, start, rows, rows_ok, first, channels, BN: tl.constexpr):
 @triton.jit
 def dither(start, rows, columns, strides):
     """The noise u [BM, BN] in [0, 1) of each element of a dense tensor, by its place in memory (quantize.noise)."""
-    row = ((start + rows) % _NOISE_LENGTH).to(tl.int32)
-    column = (columns.to(tl.int64) * strides[3] % _NOISE_LENGTH).to(tl.int32)
-    index = row[:, None] + column[None, :]
+    # as little as possible in 64 bits: a division there costs dozens of registers
+    row = (start % _NOISE_LENGTH).to(tl.int32) + (rows % _NOISE_LENGTH).to(tl.int32)
+    if strides[3] == 1:
+        column = columns
+    else:
+        column = (columns.to(tl.int64) * strides[3] % _NOISE_LENGTH).to(tl.int32)
+    index = tl.where(row >= _NOISE_LENGTH, row - _NOISE_LENGTH, row)[:, None] + column[None, :]
     x = tl.where(index >= _NOISE_LENGTH, index - _NOISE_LENGTH, index).to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -103,13 +107,19 @@ def store_quantized(q, q_scale, z, first_pixel, start, rows, rows_ok, columns, r
     ok = rows_ok[:, None] & (columns < rank)[None, :]
     # NaN makes the scale infinite, so that it shows in ds
     size = tl.where(ok, tl.where(z == z, tl.abs(z), float("inf")), 0.0)
-    largest = tl.max(tl.reshape(size, (GROUPS, _GROUP, BR)), 1)
-    per_unit = tl.where(largest > 0, _LEVELS / tl.where(largest > 0, largest, 1.0), 0.0)
+    # one group a tile needs no change of layout
+    if GROUPS == 1:
+        largest = tl.max(size, 0)[None, :]
+    else:
+        largest = tl.max(tl.reshape(size, (GROUPS, _GROUP, BR)), 1)
+    # what is smaller is as good as zero, and its inverse would overflow
+    bound = tl.maximum(largest, 1e-36)
+    per_unit = _LEVELS / bound
     level = tl.floor(z * _each_pixel(per_unit, BM) + dither(start, rows, columns, strides))
     level = tl.minimum(tl.maximum(level, -_LEVELS), _LEVELS)
     tl.store(q + start + tile_offsets(rows, columns, strides), level.to(tl.int8), mask=ok)
     pointers, known = _scales(q_scale, first_pixel, columns, rank, pixels, BM)
-    tl.store(pointers, largest / _LEVELS, mask=known)
+    tl.store(pointers, tl.where(largest > 0, bound, 0.0) / _LEVELS, mask=known)
 
 
 @triton.jit
@@ -135,8 +145,10 @@ def _scales(q_scale, first_pixel, columns, rank, pixels, BM: tl.constexpr):
 def _each_pixel(per_group, BM: tl.constexpr):
     """[BM/64, BR] → [BM, BR]."""
     BR: tl.constexpr = per_group.shape[1]
-    spread = tl.broadcast_to(per_group[:, None, :], (BM // _GROUP, _GROUP, BR))
-    return tl.reshape(spread, (BM, BR))
+    if BM == _GROUP:
+        return tl.broadcast_to(per_group, (BM, BR))
+    else:
+        return tl.reshape(tl.broadcast_to(per_group[:, None, :], (BM // _GROUP, _GROUP, BR)), (BM, BR))
 
 
 @triton.jit

@@ -106,6 +106,8 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(winners)
     # how many rows won is data: unknown to a tracer, which keeps the whole support by reference instead
     is_gathered = type(support) in (Tensor, torch.nn.Parameter) and type(winners) is Tensor and not support.is_meta
+    # nor may a captured CUDA graph wait to learn it
+    is_gathered = is_gathered and not (support.is_cuda and torch.cuda.is_current_stream_capturing())
     source = _winning_rows(support, winners) if is_gathered else support
     if is_gathered and source.numel() >= support.numel():
         source, is_gathered = support, False

@@ -12,7 +12,10 @@ import svf_fast
 from svf_fast import backends
 
 # Every environment variable that the project reads, and what it means. README.md has the same table.
-VARIABLES = {"SVF_FAST_BACKEND": "backend chosen at import: auto (default), torch, cpp or triton"}
+VARIABLES = {
+    "SVF_FAST_BACKEND": "backend chosen at import: auto (default), torch, cpp or triton",
+    "SVF_FAST_CACHE_DIR": "where the kernels chosen by measurement are remembered: by default svf_fast in the user's cache folder",
+}
 
 
 def report() -> str:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Floors of the library, from the ground up. A module may import from its own floor and from those below.
 FLOORS = (
     ("contract", "decompose", "swap", "progress"),
-    ("bits", "quantize", "vendor", "frozen_norm", "targets", "memory", "plain_forward"),
+    ("bits", "quantize", "vendor", "choice", "frozen_norm", "targets", "memory", "plain_forward"),
     ("backends",),
     ("ops", "chain", "cosine", "reference"),
     ("functional",),

@@ -17,14 +17,12 @@ from svf_fast import backends
 
 sys.path.append(str(Path(__file__).parent.parent / "library"))
 
-import interpreter  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from device import CAN_RUN
 
 
 @pytest.fixture(autouse=True)
 def _kernels_can_run() -> None:
-    if not interpreter.IS_ON and DEVICE == "cpu":
+    if not CAN_RUN:
         pytest.skip(
             "needs Triton: a CUDA device, or its interpreter, which must be loaded before anything imports Triton"
         )

@@ -8,22 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
+from device import DEVICE
 from error_ratio import assert_close
 from test_max_cosine import LAYOUTS, MASKS, features, make_mask, run
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from svf_fast.functional import max_cosine  # noqa: E402
-from svf_fast.kernels import cosine  # noqa: E402
-from svf_fast.kernels.backend import TritonBackend  # noqa: E402
-from svf_fast.reference import max_cosine_matrix  # noqa: E402
+from svf_fast.functional import max_cosine
+from svf_fast.kernels import cosine
+from svf_fast.kernels.backend import TritonBackend, first_offer
+from svf_fast.reference import max_cosine_matrix
 
 
 @pytest.fixture(autouse=True)
 def _triton(in_triton: Callable[[Any], Any]) -> Any:
-    with in_triton(TritonBackend(None)):
+    with in_triton(TritonBackend(first_offer)):
         yield
 
 

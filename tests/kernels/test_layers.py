@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
 from conv_cases import CASES, EXTRAS, ConvCase, Problem, make_problem
+from device import DEVICE
 from error_ratio import INT8_DS_TOLERANCE, TOLERANCE, assert_close
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ways import Forced, on_device, path  # noqa: E402
+from ways import Forced, on_device, path
 
-from svf_fast.kernels import configs  # noqa: E402
-from svf_fast.kernels.backend import Way  # noqa: E402
-from svf_fast.quantize import GROUP_PIXELS  # noqa: E402
+from svf_fast.kernels import configs
+from svf_fast.kernels.backend import Way
+from svf_fast.quantize import GROUP_PIXELS
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SAVES = ("exact", "int8", "recompute")
@@ -74,7 +74,7 @@ OFFERS = [
 OFFERS += [
     (save, precision, "project", config)
     for save, precision in product(("exact", "int8"), ("ieee", "tf32", "tf32x3"))
-    for config in configs.projection_forward(precision)
+    for config in configs.projection_forward(precision, save == "int8")
 ]
 
 
@@ -118,7 +118,7 @@ def _check_configuration(
             batch=2, channels=channels, kernel=(1, 1), padding=(0, 0), size=(9, 11), rank=min(rank, *channels)
         )
         problem = on_device(make_problem(case, dtype, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
-        with in_triton(wanted):
+        with in_triton(wanted.backend):
             check(problem, save, dtype, TF32_TOLERANCE if precision == "tf32" else None)
     assert wanted.taken
 
@@ -139,6 +139,19 @@ def test_sliced_and_expanded_inputs(name: str, dtype: torch.dtype, in_triton: Ca
             problem.dy = dy
             with in_triton(path(name)):
                 check(on_device(problem, DEVICE), "exact", dtype)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_factors_and_vectors_of_any_strides(name: str, in_triton: Callable[[Any], Any]) -> None:
+    """Transposed factors, as a QR or SVD returns them, and every second value of a vector."""
+    for case in (CASES[1], ConvCase(channels=(8, 8))):
+        problem = make_problem(case, torch.float32, EXTRAS[5], memory_format=torch.channels_last)
+        problem.u, problem.v = problem.u.mT.contiguous().mT, problem.v.transpose(0, 1).contiguous().transpose(0, 1)
+        problem.s = problem.s.repeat_interleave(2)[::2]
+        problem.vectors = {n: t.repeat_interleave(2)[::2] for n, t in problem.vectors.items()}
+        for save in ("exact", "recompute"):
+            with in_triton(path(name)):
+                check(on_device(problem, DEVICE), save, torch.float32)
 
 
 @pytest.mark.parametrize("save", SAVES)
@@ -226,9 +239,9 @@ def test_the_same_bits_run_to_run(in_triton: Callable[[Any], Any]) -> None:
 
 def test_what_the_kernels_do_not_take_is_composed(in_triton: Callable[[Any], Any]) -> None:
     """float64, an empty batch, groups: the same results through the plain composition."""
-    from svf_fast.kernels.backend import TritonBackend
+    from svf_fast.kernels.backend import TritonBackend, first_offer
 
-    with in_triton(TritonBackend(None)):
+    with in_triton(TritonBackend(first_offer)):
         for save in SAVES:
             problem = on_device(make_problem(ConvCase(), torch.float64, EXTRAS[5], memory_format=LAYOUTS[1]), DEVICE)
             check(problem, save, torch.float64)

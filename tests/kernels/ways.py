@@ -12,15 +12,16 @@ from conv_cases import Problem
 from svf_fast.kernels.backend import COMPOSED, TritonBackend, Way
 
 
-class Forced(TritonBackend):
-    """Takes the first offer that `wants` says yes to, else the plain composition; `taken` lists the offers taken."""
+class Forced:
+    """Picks the first offer that `wants` says yes to, else the plain composition; `taken` lists the offers taken."""
 
     def __init__(self, wants: Callable[[Way], bool]) -> None:
-        super().__init__(None)
         self._wants = wants
         self.taken: list[Way] = []
+        self.backend = TritonBackend(self.pick)
 
-    def _way(self, key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
+    def pick(self, key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
+        """The wanted way, or COMPOSED."""
         for way in offer():
             if self._wants(way):
                 self.taken.append(way)
@@ -28,9 +29,9 @@ class Forced(TritonBackend):
         return COMPOSED
 
 
-def path(name: str) -> Forced:
+def path(name: str) -> TritonBackend:
     """The backend that takes the first offer of a path."""
-    return Forced(lambda way: way.path == name)
+    return Forced(lambda way: way.path == name).backend
 
 
 def on_device(problem: Problem, device: str) -> Problem:

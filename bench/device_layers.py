@@ -1,0 +1,167 @@
+"""Time of each converted convolution of ResNet-50 on this device: Algorithm 1 in eager mode against ours, with and without the
+time to launch, and the floors that bytes and FLOP set."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import svf_fast
+from svf_fast import backends, functional, reference
+from svf_fast.bench import clock as clocks
+from svf_fast.bench.clock import Clock, interleaved
+from svf_fast.bench.equality import ratio
+from svf_fast.bench.layers import LayerShape
+
+# y, dx and ds of a layer at full size, in the dtype that is timed; the residual's gradient is exact
+LIMITS = {torch.bfloat16: 1e-2, torch.float32: 2e-3}
+
+
+class LayerProblem:
+    """One layer with its BatchNorm, residual and ReLU on random data; `naive` and `ours` are its two forms."""
+
+    def __init__(self, shape: LayerShape, batch: int, picture: int, dtype: torch.dtype, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, device=device)
+
+        def orthonormal(rows: int, columns: int) -> Tensor:
+            return torch.linalg.qr(random(rows, columns))[0]
+
+        before, after = shape.sides(picture)
+        taps, rank = shape.taps, shape.rank
+        v = orthonormal(shape.inputs * taps**2, rank).mT.reshape(rank, shape.inputs, taps, taps)
+        self.v = v.to(dtype).contiguous(memory_format=torch.channels_last)
+        self.u = orthonormal(shape.outputs, rank).to(dtype)
+        self.s = (random(rank).abs() + 0.1).requires_grad_()
+        self.mean, self.bias = random(shape.outputs), random(shape.outputs)
+        self.variance, self.weight = random(shape.outputs).abs() + 0.5, random(shape.outputs).abs() + 0.5
+        self.shape = shape
+
+        def activation(channels: int, side: int) -> Tensor:
+            return random(batch, channels, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
+
+        self.x = activation(shape.inputs, before).requires_grad_()
+        self.residual = activation(shape.outputs, after).requires_grad_() if shape.has_residual else None
+        self.dy = activation(shape.outputs, after)
+        self.inputs = [t for t in (self.x, self.s, self.residual) if t is not None]
+
+    def naive(self) -> Tensor:
+        """Algorithm 1, BatchNorm on its running statistics, residual and in-place ReLU, as separate operations."""
+        z = F.conv2d(self.x, self.v, None, *self.shape.geometry)
+        y = F.conv2d(z * self.s.view(1, -1, 1, 1).to(z.dtype), self.u[:, :, None, None])
+        y = F.batch_norm(y, self.mean, self.variance, self.weight, self.bias, training=False)
+        if self.residual is not None:
+            y = y + self.residual
+        return F.relu_(y) if self.shape.has_relu else y
+
+    def ours(self, save: str = "exact") -> Tensor:
+        """The fused layer."""
+        scale, shift = self.affine()
+        geometry = self.shape.geometry._asdict()
+        return functional.svf_conv2d(
+            self.x, self.v, self.s, self.u, scale=scale, shift=shift, residual=self.residual,
+            activation="relu" if self.shape.has_relu else None, save=save, **geometry,
+        )  # fmt: skip
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift of the BatchNorm; a converted model has them at hand."""
+        if not hasattr(self, "_affine"):
+            scale = self.weight / torch.sqrt(self.variance + 1e-5)
+            self._affine = scale, self.bias - self.mean * scale
+        return self._affine
+
+    def step(self, form: Callable[[], Tensor]) -> Callable[[], object]:
+        """Forward and backward of a form."""
+        return lambda: torch.autograd.grad(form(), self.inputs, self.dy)
+
+    def errors(self) -> dict[str, float]:
+        """Error ratios of ours to float64, the ReLU's decisions being our own."""
+        y = self.ours()
+        found = torch.autograd.grad(y, self.inputs, self.dy)
+        scale, shift = (t.double() for t in self.affine())
+        x, s = (t.detach().double().requires_grad_() for t in (self.x, self.s))
+        linear = reference.svf_conv2d(
+            x, self.v.double(), s, self.u.double(), scale=scale, shift=shift, **self.shape.geometry._asdict()
+        )
+        d = self.dy.double()
+        exact_y = linear.detach() if self.residual is None else linear.detach() + self.residual.detach().double()
+        if self.shape.has_relu:
+            d, exact_y = d * (y != 0), exact_y.clamp_min(0)
+        exact = torch.autograd.grad(linear, (x, s), d)
+        named = {"y": (y.detach(), exact_y), "dx": (found[0], exact[0]), "ds": (found[1], exact[1])}
+        if self.residual is not None:
+            named["dresidual"] = (found[2], d)
+        return {name: ratio(*pair) for name, pair in named.items()}
+
+
+def time_layer(
+    shape: LayerShape, batch: int, picture: int, dtype: torch.dtype, clock: Clock, rates: dict[str, float], rounds: int
+) -> dict[str, Any]:
+    """One row: errors, microseconds with and without launches, floors and ratios. No times where an error is over its limit."""
+    problem = LayerProblem(shape, batch, picture, dtype, clock.device)
+    row: dict[str, Any] = {
+        "layer": shape.name,
+        "times": shape.times,
+        "batch": batch,
+        "picture": picture,
+        "dtype": str(dtype),
+    }
+    row["errors"] = problem.errors()
+    # NaN compares false
+    row["is_equal"] = all(error <= LIMITS[dtype] for error in row["errors"].values())
+    if not row["is_equal"]:
+        return row
+    steps = {"naive": problem.step(problem.naive), "ours": problem.step(problem.ours)}
+    steps["ours int8"] = problem.step(lambda: problem.ours("int8"))
+    graphs = {f"{name} graphed": clock.graphed(step) for name, step in steps.items()}
+    forward = {"forward naive graphed": problem.naive, "forward ours graphed": problem.ours}
+    graphs |= {name: clock.graphed(form) for name, form in forward.items()}
+    times = interleaved(clock, {**steps, **graphs}, rounds)
+    row["us"] = {name: 1e6 * statistics.median(seconds) for name, seconds in times.items()}
+    width = dtype.itemsize
+    flop_rate = rates["bf16_flops_per_s" if dtype == torch.bfloat16 else "tf32_flops_per_s"]
+    floors = [
+        max(least / rates["copy_bytes_per_s"], shape.flops(batch, picture) / flop_rate) * 1e6
+        for least in shape.least_bytes(batch, picture, width)
+    ]
+    row["floor_us"] = {"forward": floors[0], "backward": floors[1]}
+    row["bound_by_bytes"] = [
+        least / rates["copy_bytes_per_s"] > shape.flops(batch, picture) / flop_rate
+        for least in shape.least_bytes(batch, picture, width)
+    ]
+    row["ratio_to_floor"] = row["us"]["ours graphed"] / sum(floors)
+    row["speedup"] = row["us"]["naive"] / row["us"]["ours"]
+    row["speedup_graphed"] = row["us"]["naive graphed"] / row["us"]["ours graphed"]
+    return row
+
+
+def compile_ways(shape: LayerShape, dtype: torch.dtype, tf32: bool, device: str) -> None:
+    """Runs everything on offer for a layer once on a small picture, so that Triton's cache on disk holds it."""
+    from svf_fast.kernels.backend import COMPOSED, UNFIT, TritonBackend, Way
+
+    def pick(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
+        for way in offer():
+            with contextlib.suppress(*UNFIT):
+                run(way)
+        return COMPOSED
+
+    clocks.set_tf32(tf32)
+    backend = TritonBackend(pick)
+    entry = backends._entries["triton"]
+    backends.register("triton", lambda: backend, lambda device: None)
+    try:
+        with svf_fast.backend("triton"):
+            problem = LayerProblem(shape, 1, 97, dtype, device)
+            for save in ("exact", "int8"):
+                problem.step(partial(problem.ours, save))()
+    finally:
+        backends.register("triton", *entry)

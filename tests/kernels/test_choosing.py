@@ -1,0 +1,144 @@
+"""How the Triton backend decides: what is on offer, the order of preference, and what happens where nothing may be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conv_cases import CASES, EXTRAS, ConvCase, make_problem
+from device import DEVICE
+
+pytest.importorskip("triton")
+
+from ways import on_device
+
+from svf_fast import functional
+from svf_fast.choice import Chooser
+from svf_fast.kernels import backend as triton_backend
+from svf_fast.kernels.backend import COMPOSED, Measured, TritonBackend, Way, first_offer
+
+CASE = ConvCase(channels=(24, 32), kernel=(1, 1), padding=(0, 0))
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVF_FAST_CACHE_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def measured(in_triton: Callable[[Any], Any]) -> Iterator[list[Any]]:
+    """Ways are measured by a clock that favours the third that it is given; the runs it has timed."""
+    timed: list[Any] = []
+
+    def clock(way: Callable[[], object]) -> list[float]:
+        timed.append(way())
+        return [1.0 if len(timed) % 3 else 0.5]
+
+    with in_triton(TritonBackend(Measured(Chooser("a test", clock)))):
+        yield timed
+
+
+def run(save: str = "exact", case: ConvCase = CASE) -> dict[str, Any]:
+    problem = make_problem(case, torch.float32, EXTRAS[5], memory_format=torch.channels_last)
+    return on_device(problem, DEVICE).run(save)
+
+
+def test_measured_once_for_each_shape(measured: list[Any]) -> None:
+    run()
+    count = len(measured)
+    # forward and backward each have several ways
+    assert count >= 6
+    run()
+    assert len(measured) == count
+    run("int8")
+    assert len(measured) > count
+
+
+def test_a_new_process_measures_nothing_again(measured: list[Any], in_triton: Callable[[Any], Any]) -> None:
+    run()
+
+    def refuse(way: Callable[[], object]) -> list[float]:
+        raise AssertionError("measured although the choice is on disk")
+
+    with in_triton(TritonBackend(Measured(Chooser("a test", refuse)))):
+        run()
+
+
+@pytest.mark.parametrize("why", ["deterministic", "captured"])
+def test_a_fixed_choice_where_nothing_may_be_measured(
+    why: str, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why == "captured":
+        monkeypatch.setattr(triton_backend, "_is_capturing", lambda: True)
+    else:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    first, second = run(), run()
+    assert measured == []
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_choice_on_record_that_is_no_longer_on_offer_is_made_anew(measured: list[Any]) -> None:
+    """Tiles of another version, say."""
+    chooser = Chooser("a test", lambda way: [float(way() is None)])
+    picks = Measured(chooser)
+    chooser.choose(("k",), {"fused 1x1": lambda: None, "composed": lambda: 1}, "composed")
+    chooser._known[("k",)] = "fused 1x1"
+    assert picks(("k",), lambda: [Way("project")], lambda way: None) == COMPOSED
+
+
+def test_what_is_on_offer() -> None:
+    def paths(case: ConvCase, dtype: torch.dtype, save: str, layout: torch.memory_format) -> list[str]:
+        seen: list[list[Way]] = []
+
+        def pick(key: Any, offer: Callable[[], list[Way]], _: Any) -> Way:
+            seen.append(offer())
+            return COMPOSED
+
+        from svf_fast import backends
+        from svf_fast.contract import Geometry, Layer
+
+        problem = make_problem(case, dtype, {}, memory_format=layout)
+        layer = Layer(problem.v, problem.s, problem.u, None, None, Geometry(groups=case.groups))
+        TritonBackend(pick).forward(problem.x, layer, None, save, False, layout)
+        assert backends
+        return list(dict.fromkeys(way.path for way in seen[0]))
+
+    last, first = torch.channels_last, torch.contiguous_format
+    half, full = torch.bfloat16, torch.float32
+    assert paths(CASE, half, "exact", last) == ["fused", "project", "epilogue"]
+    # three products of one tile do not fit on the chip beside z
+    assert paths(CASE, full, "exact", last) == ["project", "epilogue"]
+    assert paths(CASE, half, "input", last) == ["fused", "project", "epilogue", "merged"]
+    # contiguous pictures and what the kernels do not take: stock operations first
+    assert paths(CASE, half, "exact", first)[0] == "composed"
+    assert paths(CASE, torch.float64, "exact", last) == ["composed"]
+    assert paths(CASES[10], full, "exact", last) == ["epilogue"]
+    assert paths(ConvCase(channels=(300, 300), kernel=(1, 1), padding=(0, 0)), half, "exact", last)[0] == "project"
+
+
+def test_compiled_and_captured_code_sees_one_op(in_triton: Callable[[Any], Any]) -> None:
+    """torch.compile traces the op through its fake kernel, int8's scales included, and runs the kernels inside it."""
+    problem = on_device(make_problem(CASE, torch.float32, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
+
+    def step(x: Any, s: Any) -> Any:
+        return functional.svf_conv2d(
+            x, problem.v, s, problem.u, residual=problem.residual, **problem.vectors, **problem.keywords, save="int8"
+        )
+
+    with in_triton(TritonBackend(first_offer)):
+        results = []
+        for form in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+            x, s = problem.x.detach().clone().requires_grad_(), problem.s.detach().clone().requires_grad_()
+            form(x, s).backward(problem.dy)
+            results.append((x.grad, s.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        torch.library.opcheck(
+            torch.ops.svf_fast.conv2d.default,
+            (
+                problem.x.detach().requires_grad_(), problem.v, problem.s.detach().requires_grad_(), problem.u, None, None,
+                None, True, [1, 1], [0, 0], [1, 1], 1, "int8", True,
+            ),
+        )  # fmt: skip
