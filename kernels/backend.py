@@ -11,9 +11,10 @@ composed   stock operations alone (the `torch` backend)"""
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -55,8 +56,13 @@ class Way(NamedTuple):
 
 
 COMPOSED = Way("composed")
+# What forward, backward or projection return.
+Results = tuple[Tensor | Kept, ...]
+# Largest difference between two exact ways, relative to the result: several times the rounding of half precisions and int8,
+# and far below what a wrong index does.
+_AGREEMENT = 3e-2
 # Decides for a key which of the ways on offer to take; the last argument runs one.
-Pick = Callable[[Hashable, Callable[[], list[Way]], Callable[[Way], object]], Way]
+Pick = Callable[[Hashable, Callable[[], list[Way]], Callable[[Way], Any]], Way]
 
 
 def first_offer(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
@@ -65,14 +71,17 @@ def first_offer(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Wa
 
 
 class Measured:
-    """The fastest way of each key as a Chooser finds it. Under CUDA graph capture, where nothing can be measured, and under
-    torch.use_deterministic_algorithms, what is not known yet takes the first offer."""
+    """The fastest way of each key as a Chooser finds it, of those whose results agree with the plain composition's.
+
+    Nothing is measured while a CUDA graph is captured, and nothing measured is used under torch.use_deterministic_algorithms:
+    what is not known then takes the first offer. (Inside torch.compile the op is opaque: it measures on its first run.)
+    """
 
     def __init__(self, chooser: Chooser) -> None:
         self._chooser = chooser
         self._ways: dict[Hashable, Way] = {}
 
-    def __call__(self, key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
+    def __call__(self, key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], Results]) -> Way:
         # two roundings of one sum are both right, but only one of them is the same in every run
         if torch.are_deterministic_algorithms_enabled():
             return first_offer(key, offer, run)
@@ -85,11 +94,57 @@ class Measured:
         if name not in by_name:
             if _is_capturing():
                 return ways[0]
+            expected = _tensors(run(COMPOSED))
+            if not all(t.isfinite().all() for t in expected if t.is_floating_point()):
+                # nothing can be compared: decided another time
+                return COMPOSED
+            agreeing = {
+                n: partial(run, w) for n, w in by_name.items() if w == COMPOSED or _agrees(key, w, run, expected)
+            }
             name = str(COMPOSED)
-            if len(by_name) > 1:
-                name = self._chooser.choose(key, {n: partial(run, way) for n, way in by_name.items()}, name)
+            if len(agreeing) > 1:
+                name = self._chooser.choose(key, agreeing, name)
         self._ways[key] = by_name[name]
         return by_name[name]
+
+
+def _agrees(key: Hashable, way: Way, run: Callable[[Way], Results], expected: list[Tensor]) -> bool:
+    """Whether the results of `way` are those expected, to rounding; False where it does not fit on the device."""
+    try:
+        found = _tensors(run(way))
+    except UNFIT:
+        return False
+    for result, reference in zip(found, expected, strict=True):
+        if result.shape != reference.shape or result.dtype != reference.dtype:
+            difference = torch.inf
+        elif reference.dtype == torch.uint8:
+            # a byte of the mask differs where rounding decides one of its eight signs
+            difference = float((result != reference).float().mean()) / 8 if reference.numel() else 0.0
+        else:
+            difference = max(
+                _ratio(result.double() - reference, reference.double(), order) for order in (2.0, torch.inf)
+            )
+        # NaN compares false
+        if not difference <= _AGREEMENT:
+            warnings.warn(
+                f"svf_fast: the kernels of {way} differ from stock operations by {difference:.1e} and are not used for {key}",
+                stacklevel=2,
+            )
+            return False
+    return True
+
+
+def _ratio(difference: Tensor, reference: Tensor, order: float) -> float:
+    """‖difference‖ / ‖reference‖: of order 2 for what is wrong everywhere, of the largest elements for what is wrong in a few."""
+    if difference.numel() == 0:
+        return 0.0
+    off, size = (float(torch.linalg.vector_norm(t, order)) for t in (difference, reference))
+    return (off / size if size else torch.inf) if off else 0.0
+
+
+def _tensors(results: Results) -> list[Tensor]:
+    """The tensors of a forward's, projection's or backward's results."""
+    return [t for part in results for t in ([part] if isinstance(part, Tensor) else part)]
 
 
 class TritonBackend:

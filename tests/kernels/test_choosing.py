@@ -10,6 +10,7 @@ import pytest
 import torch
 from conv_cases import CASES, EXTRAS, ConvCase, make_problem
 from device import DEVICE
+from error_ratio import assert_close
 
 pytest.importorskip("triton")
 
@@ -82,11 +83,36 @@ def test_a_fixed_choice_where_nothing_may_be_measured(
 
 def test_a_choice_on_record_that_is_no_longer_on_offer_is_made_anew(measured: list[Any]) -> None:
     """Tiles of another version, say."""
-    chooser = Chooser("a test", lambda way: [float(way() is None)])
+    chooser = Chooser("a test", lambda way: [1.0])
     picks = Measured(chooser)
-    chooser.choose(("k",), {"fused 1x1": lambda: None, "composed": lambda: 1}, "composed")
     chooser._known[("k",)] = "fused 1x1"
-    assert picks(("k",), lambda: [Way("project")], lambda way: None) == COMPOSED
+    assert picks(("k",), lambda: [Way("project")], lambda way: (torch.ones(3),)) == COMPOSED
+
+
+def test_a_way_that_computes_something_else_is_never_taken(
+    measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that a device runs wrongly costs speed and a warning, not a result."""
+    stock = TritonBackend.run_forward
+
+    def wrong(self: TritonBackend, way: Way, *arguments: Any) -> Any:
+        y, kept = stock(self, way, *arguments)
+        if way.path in ("fused", "project"):
+            y[0, 0] += y.max() / 4
+        return y, kept
+
+    monkeypatch.setattr(TritonBackend, "run_forward", wrong)
+    problem = on_device(make_problem(CASE, torch.float32, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
+    with pytest.warns(UserWarning, match="differ from stock operations by .* and are not used"):
+        out = problem.run()
+    assert_close(out, problem.reference(out["y"]), torch.float32)
+
+
+def test_nothing_is_decided_from_what_is_not_finite(measured: list[Any]) -> None:
+    problem = on_device(make_problem(CASE, torch.float32, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
+    problem.x[0, 0, 0, 0] = float("inf")
+    problem.run()
+    assert measured == []
 
 
 def test_what_is_on_offer() -> None:

@@ -40,6 +40,6 @@ def assert_close(
         if not ratio <= limit:
             failures.append(f"{name}: error ratio {ratio:.3g} above {limit:g}")
         elif name in _REPORTED:
-            label = (str(dtype).removeprefix("torch."), name if own is None else f"{name} (int8)")
+            label = (str(dtype).removeprefix("torch."), name if own is None else f"{name} (own limit)")
             LARGEST[label] = max(LARGEST.get(label, 0.0), ratio)
     assert not failures, "; ".join(failures)
