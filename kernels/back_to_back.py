@@ -85,7 +85,7 @@ def backward_kernel(
     rows_ok = first_pixel + tl.arange(0, BM) < pixels
     r = tl.arange(0, BR)
     g = projected_gradient(
-        dy, mask, u, scale, d, True, first_pixel, rows_ok, r, plane, width, rank, channels, dy_strides, y_strides,
+        dy, mask, u, scale, d, channels, first_pixel, rows_ok, r, plane, width, rank, channels, dy_strides, y_strides,
         WORDS, PRECISION, UNIFORM, BN,
     )  # fmt: skip
     if partial is not None:

@@ -11,10 +11,11 @@ from svf_fast.kernels.tiles import kept_bits, load_quantized, rows_of, tile_offs
 
 @triton.jit
 def projected_gradient(
-    dy, mask, u, scale, d, stores_d, first_pixel, rows_ok, r, plane, width, rank, channels, dy_strides, y_strides,
+    dy, mask, u, scale, d, d_channels, first_pixel, rows_ok, r, plane, width, rank, channels, dy_strides, y_strides,
     WORDS: tl.constexpr, PRECISION: tl.constexpr, UNIFORM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """g [BM, BR] = ((dy ⊙ mask) ⊙ scale) u in float32; writes d = dy ⊙ mask on the way where d is given and `stores_d`."""
+    """g [BM, BR] = ((dy ⊙ mask) ⊙ scale) u in float32; writes the first `d_channels` channels of d = dy ⊙ mask on the way, where
+    d is given."""
     BM: tl.constexpr = rows_ok.shape[0]
     dy_start, dy_rows = rows_of(first_pixel, plane, width, dy_strides, UNIFORM, BM)
     y_start, y_rows = rows_of(first_pixel, plane, width, y_strides, UNIFORM, BM)
@@ -29,7 +30,11 @@ def projected_gradient(
             is_kept = kept_bits(mask, y_start, y_rows, rows_ok, start, channels, y_strides, WORDS, BN)
             d_tile = tl.where(is_kept, d_tile, 0.0)
         if d is not None:
-            tl.store(d + y_start + tile_offsets(y_rows, c, y_strides), d_tile, mask=ok & stores_d)
+            tl.store(
+                d + y_start + tile_offsets(y_rows, c, y_strides),
+                d_tile,
+                mask=rows_ok[:, None] & (c < d_channels)[None, :],
+            )
         if scale is not None:
             factor = tl.load(scale + c, mask=c < channels, other=0.0).to(tl.float32)
             d_tile = (d_tile.to(tl.float32) * factor[None, :]).to(dy.dtype.element_ty)

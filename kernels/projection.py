@@ -80,8 +80,10 @@ def backward_kernel(
     first_pixel = program * BM
     rows_ok = first_pixel + tl.arange(0, BM) < pixels
     r = block * BR + tl.arange(0, BR)
+    # of the programs that share pixels, one writes d
+    d_channels = tl.where(block == 0, channels, 0)
     g = projected_gradient(
-        dy, mask, u, scale, d, block == 0, first_pixel, rows_ok, r, plane, width, rank, channels, dy_strides, y_strides,
+        dy, mask, u, scale, d, d_channels, first_pixel, rows_ok, r, plane, width, rank, channels, dy_strides, y_strides,
         WORDS, PRECISION, UNIFORM, BN,
     )  # fmt: skip
     if partial is not None:

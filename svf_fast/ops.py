@@ -64,14 +64,15 @@ def _(x, v, s, u, scale, shift, residual, relu, stride, padding, dilation, group
     return y, z, z_scale, mask
 
 
-@torch.library.custom_op(
-    "svf_fast::conv2d_backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor? x, Tensor z, Tensor z_scale, Tensor mask, Tensor v, Tensor s, Tensor u, Tensor? scale, "
+_library.define(
+    "conv2d_backward(Tensor dy, Tensor? x, Tensor z, Tensor z_scale, Tensor mask, Tensor v, Tensor s, Tensor u, Tensor? scale, "
     f"{_GEOMETRY}, SymInt[2] size, bool channels_last, bool need_dx, bool need_ds, bool need_d) "
     "-> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
-def conv2d_backward(
+
+
+def _conv2d_backward(
     dy: Tensor, x: Tensor | None, z: Tensor, z_scale: Tensor, mask: Tensor, v: Tensor, s: Tensor, u: Tensor,
     scale: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, size: Any, channels_last: bool,
     need_dx: bool, need_ds: bool, need_d: bool,
@@ -84,7 +85,10 @@ def conv2d_backward(
     return dx, ds.to(s.dtype), d
 
 
-@conv2d_backward.register_fake
+_library.impl("conv2d_backward", _conv2d_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("svf_fast::conv2d_backward", lib=_library)
 def _(
     dy, x, z, z_scale, mask, v, s, u, scale, stride, padding, dilation, groups, size, channels_last,
     need_dx, need_ds, need_d,
@@ -140,16 +144,33 @@ _library.impl("conv2d", _Conv2d.apply, "Autograd")
 conv2d = torch.ops.svf_fast.conv2d.default
 
 
+_NO_DOUBLE_BACKWARD = (
+    "double backward through an svf_fast op is not supported: the op keeps too little for a second derivative; "
+    "use svf_fast.reference for gradients of gradients"
+)
+
+
+class _Conv2dBackward(torch.autograd.Function):
+    """The autograd kernel of `svf_fast::conv2d_backward`: it has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return conv2d_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(_NO_DOUBLE_BACKWARD)
+
+
+_library.impl("conv2d_backward", _Conv2dBackward.apply, "Autograd")
+conv2d_backward = torch.ops.svf_fast.conv2d_backward.default
+
+
 def refuse_double_backward(op: Any) -> None:
-    """Makes differentiating through a backward op raise one clear sentence."""
+    """Makes differentiating through a backward op that is a `custom_op` raise one clear sentence."""
 
     def refuse(ctx: Any, *gradients: Tensor) -> None:
-        raise RuntimeError(
-            "double backward through an svf_fast op is not supported: the op keeps too little for a second derivative; "
-            "use svf_fast.reference for gradients of gradients"
-        )
+        raise RuntimeError(_NO_DOUBLE_BACKWARD)
 
     op.register_autograd(refuse)
-
-
-refuse_double_backward(conv2d_backward)
