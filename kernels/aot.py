@@ -33,9 +33,9 @@ from svf_fast.kernels.configs import Config
 # Bytes of shared memory that one block may have.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-# name: (dtype of the activations, torch's precision of float32 products)
-TYPES = {"bf16": (torch.bfloat16, "tf32"), "fp16": (torch.float16, "tf32"), "tf32": (torch.float32, "tf32"),
-         "fp32": (torch.float32, "ieee")}  # fmt: skip
+# name: (dtype of the activations, whether float32 is multiplied as TF32)
+TYPES = {"bf16": (torch.bfloat16, False), "fp16": (torch.float16, False), "tf32": (torch.float32, True),
+         "fp32": (torch.float32, False)}  # fmt: skip
 # pixels of ResNet-50's layers 2 to 4 at 641: two pictures of 81x81
 _BATCH, _SIDE = 2, 81
 
@@ -122,7 +122,7 @@ def _launch(job: Job) -> None:
     if job.layer == "prior":
         features, flat = activation(2048), torch.ones(_BATCH, 1, _SIDE, _SIDE)
         if job.kernel == "cosine":
-            torch.backends.cuda.matmul.fp32_precision = tf32
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
             cosine.max_cosine(features, features, flat, 1e-7)
             return
         winners = torch.zeros(_BATCH, _SIDE * _SIDE, dtype=torch.int32)

@@ -31,10 +31,9 @@ from svf_fast.kernels.launch import (
     Gradients,
     Outputs,
     blocks,
-    convolution_tf32,
+    convolution_precision,
     dense_strides,
     has_words,
-    precision,
     strides_of,
 )
 from svf_fast.quantize import GROUP_PIXELS
@@ -212,7 +211,7 @@ class TritonBackend:
             out = _outputs(y, layer.v.shape[0], keep_z, keep_mask, memory_format)
             assert way.config is not None
             back_to_back.forward(
-                x, _dense_operands(layer, x.dtype), residual, out, way.config, precision(x.dtype, convolution_tf32())
+                x, _dense_operands(layer, x.dtype), residual, out, way.config, convolution_precision(x.dtype)
             )
             return y, _kept(out, keep_mask)
         z = v_convolution(x, layer, memory_format)
@@ -229,7 +228,7 @@ class TritonBackend:
             out = _outputs(y, z.shape[1], "int8" if keep_z == "int8" else "none", keep_mask, memory_format)
             left = torch.empty(layer.u.shape, dtype=z.dtype, device=z.device)
             torch.mul(layer.u, layer.s, out=left)
-            products = precision(z.dtype, convolution_tf32())
+            products = convolution_precision(z.dtype)
             projection.forward(z, left, _dense_operands(layer, z.dtype), residual, out, way.config, products)
             return y, _kept(out._replace(z=z if keep_z == "exact" else None), keep_mask)
         if way.path == "epilogue":
@@ -286,7 +285,7 @@ class TritonBackend:
             programs = blocks(batch * height * width, config.BM)
             partial_sums = torch.empty(programs, rank, dtype=torch.float32, device=dy.device)
         out = Gradients(d, partial_sums, dense_strides(dy.shape, memory_format))
-        products = precision(dy.dtype, convolution_tf32())
+        products = convolution_precision(dy.dtype)
         dx = dy.new_empty(0)
         if way.path == "fused":
             dx = empty((batch, layer.v.shape[1], *size), dy, memory_format)
@@ -312,7 +311,7 @@ def forward_ways(x: Tensor, layer: Layer, keep_z: str, memory_format: torch.memo
         if keep_z not in ("exact", "int8"):
             ways.append(Way("merged"))
         if layer.is_pointwise:
-            products = precision(x.dtype, convolution_tf32())
+            products = convolution_precision(x.dtype)
             fused = [Way("fused", c) for c in configs.back_to_back_forward(rank, products, keep_z == "int8")]
             ways = fused + ways if memory_format is torch.channels_last else ways + fused
     return ways
@@ -324,9 +323,7 @@ def projection_ways(z: Tensor, layer: Layer, memory_format: torch.memory_format,
         return [COMPOSED]
     ways = [Way("epilogue")]
     if layer.geometry.groups == 1:
-        ways = [
-            Way("project", c) for c in configs.projection_forward(precision(z.dtype, convolution_tf32()), is_int8)
-        ] + ways
+        ways = [Way("project", c) for c in configs.projection_forward(convolution_precision(z.dtype), is_int8)] + ways
     # contiguous pictures are read pixel by pixel: stock operations are the safe choice there
     return ways if memory_format is torch.channels_last else [COMPOSED, *ways]
 
@@ -335,7 +332,7 @@ def backward_ways(dy: Tensor, layer: Layer, memory_format: torch.memory_format, 
     """What is offered for a backward; the first is taken where nothing may be measured."""
     if dy.dtype not in _DTYPES or dy.numel() == 0 or layer.geometry.groups != 1 or not (needs.dx or needs.ds):
         return [COMPOSED]
-    rank, products = layer.v.shape[0], precision(dy.dtype, convolution_tf32())
+    rank, products = layer.v.shape[0], convolution_precision(dy.dtype)
     ways = [Way("project", c) for c in configs.projection_backward(rank, products)]
     if layer.is_pointwise and needs.dx:
         ways = [Way("fused", c) for c in configs.back_to_back_backward(rank, products)] + ways
@@ -346,14 +343,18 @@ def _key(what: str, t: Tensor, layer: Layer, memory_format: torch.memory_format,
     """What a choice depends on; its text is the key on disk."""
     return (
         what, str(t.dtype), tuple(t.shape), tuple(layer.v.shape), tuple(layer.u.shape), tuple(layer.geometry),
-        memory_format is torch.channels_last, convolution_tf32() if t.dtype == torch.float32 else "", *about,
+        memory_format is torch.channels_last, convolution_precision(t.dtype), *about,
     )  # fmt: skip
 
 
 def _dense_operands(layer: Layer, dtype: torch.dtype) -> Layer:
-    """The layer with its factors as dense matrices of `dtype` and its vectors dense, as the kernels read them."""
+    """The layer with its factors dense and of `dtype` and its vectors dense, as the kernels read them."""
+    # nearly always they are, and asking costs a fifth of making sure; v is the vendor's unless the layer is pointwise
+    read = (layer.s, layer.u, layer.scale, layer.shift, layer.v if layer.is_pointwise else None)
+    if layer.u.dtype == layer.v.dtype == dtype and all(t is None or t.is_contiguous() for t in read):
+        return layer
     return layer._replace(
-        v=layer.v.flatten(1).to(dtype).contiguous() if layer.is_pointwise else layer.v,
+        v=layer.v.to(dtype).contiguous() if layer.is_pointwise else layer.v,
         u=layer.u.to(dtype).contiguous(),
         s=layer.s.contiguous(),
         scale=None if layer.scale is None else layer.scale.contiguous(),

@@ -19,7 +19,7 @@ from torch import Tensor
 from svf_fast.backends import composed_cosine
 from svf_fast.contract import memory_format_of
 from svf_fast.kernels.configs import COSINE, COSINE_BACKWARD
-from svf_fast.kernels.launch import blocks, precision, product_tf32
+from svf_fast.kernels.launch import blocks, product_precision
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Programs to aim at, some for each multiprocessor: few query positions are made up for by splitting the support.
@@ -169,7 +169,7 @@ def max_cosine(query: Tensor, support: Tensor, mask: Tensor | None, eps: float) 
     equals."""
     if query.dtype not in _DTYPES:
         return composed_cosine.max_cosine(query, support, mask, eps)
-    products = precision(query.dtype, product_tf32())
+    products = product_precision(query.dtype)
     config = COSINE[products]
     q, a = query.flatten(2), support.flatten(2)
     batch, channels, queries = q.shape

@@ -60,22 +60,23 @@ def strides_of(t: Tensor, step: tuple[int, int] = (1, 1)) -> Strides:
     return n, h * step[0], w * step[1], c
 
 
-def precision(dtype: torch.dtype, tf32: str) -> str:
-    """How `tl.dot` multiplies: half precisions exactly ("ieee"); float32 as TF32 where torch's switch `tf32` says so, else as
-    three TF32 products (error 1e-6), since plain float32 has no tensor cores."""
+def precision(dtype: torch.dtype, is_tf32: bool) -> str:
+    """How `tl.dot` multiplies: half precisions exactly ("ieee"); float32 as TF32, else as three TF32 products (error 1e-6), since
+    plain float32 has no tensor cores."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if tf32 == "tf32" else "tf32x3"
+    return "tf32" if is_tf32 else "tf32x3"
 
 
-def convolution_tf32() -> str:
-    """torch's float32 precision of convolutions, which this layer is: "tf32" or another word."""
-    return str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+def convolution_precision(dtype: torch.dtype) -> str:
+    """`precision` by torch's switch of convolutions, which this layer is."""
+    # the switch is asked for float32 alone: it takes microseconds
+    return precision(dtype, dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-def product_tf32() -> str:
-    """torch's float32 precision of matrix products: "tf32" or another word."""
-    return str(torch.backends.cuda.matmul.fp32_precision)
+def product_precision(dtype: torch.dtype) -> str:
+    """`precision` by torch's switch of matrix products."""
+    return precision(dtype, dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def dense_strides(shape: Sequence[int], memory_format: torch.memory_format) -> Strides:
