@@ -13,7 +13,7 @@ import torch
 
 from svf_fast.memory import peak_bytes
 
-# Written between runs, so that inputs come from memory and not from the last run's cache (60 MB on an H200).
+# Read between runs, so that inputs come from memory and not from the last run's cache (60 MB on an H200).
 _FLUSH_BYTES = 256 * 2**20
 
 
@@ -23,13 +23,14 @@ class CudaClock:
     device = "cuda"
 
     def __init__(self) -> None:
-        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self._flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
     def seconds(self, work: Callable[[], object], runs: int = 10) -> list[float]:
-        """Each run's time on the device, the cache cold, launches included where the device waits for them."""
+        """Each run's time on the device, the cache cold. Where the device waits for launches, that is in it: graphs leave it out."""
         marks = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(runs)]
         for start, end in marks:
-            self._flush.zero_()
+            # read, not written: dirty lines would be written back while the clock runs
+            self._flush.amax()
             start.record()
             work()
             end.record()
@@ -53,6 +54,16 @@ class CudaClock:
 
         return replay
 
+    def host_seconds(self, work: Callable[[], object], runs: int = 20) -> float:
+        """Time a run that the host takes to queue its work, the device not waited for."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(runs):
+            work()
+        taken = (time.perf_counter() - start) / runs
+        torch.cuda.synchronize()
+        return taken
+
     def peak(self, work: Callable[[], object]) -> int:
         """Most bytes allocated while `work` runs, above the level before it."""
         return peak_bytes(work, device="cuda")
@@ -68,6 +79,10 @@ class RehearsalClock:
         start = time.perf_counter()
         work()
         return [time.perf_counter() - start]
+
+    def host_seconds(self, work: Callable[[], object], runs: int = 1) -> float:
+        """Wall-clock time of one run."""
+        return self.seconds(work)[0]
 
     def graphed(self, work: Callable[[], object]) -> Callable[[], object]:
         """`work` itself: there are no graphs here."""

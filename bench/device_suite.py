@@ -8,18 +8,23 @@ nothing. Exit status 1 where something is not equal to its reference, 3 without 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 # it runs from a source tree, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# fresh caches: nothing compiled or chosen by another version is used; workers inherit them
+for _name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "SVF_FAST_CACHE_DIR"):
+    os.environ.setdefault(_name, tempfile.mkdtemp(prefix="device_suite_"))
 
 import torch
 
@@ -33,7 +38,11 @@ from svf_fast.bench.subjects import build_backbone_with_statistics
 from svf_fast.env import report
 from svf_fast.train.backbones import BackboneConfig
 
-PARTS = ("checks", "layers", "steps", "prior")
+PARTS = ("prior", "checks", "layers", "steps")
+# After which no further row is started, so that the run ends within ten minutes.
+DEADLINE_S = 520
+# No compilation or check takes that long: a kernel hangs.
+TASK_LIMIT_S = 150
 # (picture, batch): the paper's Pascal-5i and COCO-20i settings
 SETTINGS = ((641, 2), (473, 8))
 # with TF32 or without
@@ -56,6 +65,7 @@ class Suite:
     def keep(self, part: str, rows: Any) -> None:
         """Adds what a part found, and writes all there is."""
         self.found[part] = rows
+        self.found["choices"] = _choices()
         settings = {"rehearsal": self.is_rehearsal, "seconds": round(time.monotonic() - self.start)}
         name = "device_suite_rehearsal" if self.is_rehearsal else "device_suite"
         results.write(self.out, name, settings, [self.found])
@@ -64,36 +74,52 @@ class Suite:
         """One line with the seconds since the start."""
         print(f"[{time.monotonic() - self.start:5.0f} s] {text}", flush=True)
 
-    def in_parallel(self, function: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
-        """Results in order. On a GPU in processes of their own, since what takes the time is Triton compiling."""
+    def in_parallel(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results in order, or what went wrong as a row. On a GPU in processes of their own, since what takes the time is Triton
+        compiling, and since a kernel that fails may take its process with it."""
         if self.is_rehearsal:
-            yield from map(function, *arguments)
+            for task in tasks:
+                yield function(*task)
             return
-        with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-            yield from pool.map(function, *arguments)
+        pool = ProcessPoolExecutor(
+            min(12, os.cpu_count() or 1), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        )
+        futures = [pool.submit(function, *task) for task in tasks]
+        for task, future in zip(tasks, futures, strict=True):
+            try:
+                yield future.result(timeout=TASK_LIMIT_S)
+            except Exception as error:
+                yield {"is_within": False, "where": f"{task}: {error!r}"}
+        # one that hangs is left behind: it ends with this process
+        pool.shutdown(wait=False, cancel_futures=True)
 
     def checks(self) -> None:
         """Every kernel against float64, and how it gets on with the rest of PyTorch."""
         tasks, cases = device_checks.TASKS, device_checks.CASES
         if self.is_rehearsal:
             tasks, cases = tasks[::5], (Case(1, 40, 32, 1, 1, 0, 1, 1, 5, 5),)
-        rows = []
-        check = partial(device_checks.check_way, self.clock.device, cases=cases)
-        for row in self.in_parallel(check, tasks):
+        device = self.clock.device
+        rows: list[dict[str, Any]] = []
+        for row in self.in_parallel(device_checks.check_way, [(device, task, cases) for task in tasks]):
             if row is None:
                 continue
             rows.append(row)
+            self.is_right &= row["is_within"]
+            if "largest" not in row:
+                self.say(f"WRONG: {row['where']}")
+                continue
             largest = {n: max(errors[n] for errors in row["largest"].values()) for n in ("y", "dx", "ds", "dresidual")}
             self.say(
                 f"{row['path']:<9} {row['offer']} {row['dtype']:<15} {'tf32' if row['tf32'] else '':<4} "
                 + " ".join(f"{n} {error:.1e}" for n, error in largest.items())
                 + ("" if row["is_within"] else f"  WRONG: {row['where']}")
             )
-        interplay = device_checks.check_interplay(self.clock.device)
-        for row in interplay:
+            self.keep("checks", {"layers": rows})
+        others = device_checks.check_interplay(device)
+        self.keep("checks", {"layers": rows, "others": others})
+        for row in others:
             self.say(f"{row['what']:<15} differs by {row['difference']:.1e}{'' if row['is_within'] else '  WRONG'}")
-        self.is_right &= all(row["is_within"] for row in (*rows, *interplay))
-        self.keep("checks", {"layers": rows, "interplay": interplay})
+            self.is_right &= row["is_within"]
 
     def layers(self) -> None:
         """The 42 convolutions, each against Algorithm 1 in eager mode."""
@@ -108,15 +134,21 @@ class Suite:
                 ((33, 1),),
             )
         else:
-            tasks = [(shape, dtype, tf32) for dtype, tf32 in self.dtypes for shape in LAYERS]
-            list(self.in_parallel(partial(device_layers.compile_ways, device="cuda"), *zip(*tasks, strict=True)))
+            tasks = [(shape, dtype, tf32, "cuda") for dtype, tf32 in self.dtypes for shape in LAYERS]
+            for failure in self.in_parallel(device_layers.compile_ways, tasks):
+                if failure is not None:
+                    self.say(f"not compiled: {failure['where']}")
             self.say("kernels compiled")
         for (picture, batch), (dtype, tf32) in ((s, d) for s in settings for d in self.dtypes):
             clocks.set_tf32(tf32)
             for shape in shapes:
-                row = device_layers.time_layer(shape, batch, picture, dtype, self.clock, rates, self.rounds)
+                if self.is_late():
+                    return
+                row = self.row(
+                    device_layers.time_layer, shape, batch, picture, dtype, self.clock, rates, self.rounds
+                )  # fmt: skip
                 rows.append(row)
-                self.is_right &= row["is_equal"]
+                self.keep("layers", {"rates": rates, "rows": rows})
                 if row["is_equal"]:
                     us = row["us"]
                     self.say(
@@ -125,8 +157,7 @@ class Suite:
                         f"{us['ours graphed']:7.0f} ({row['speedup_graphed']:.2f}×)  {row['ratio_to_floor']:.2f} of the floor"
                     )
                 else:
-                    self.say(f"{shape.name}: WRONG, not timed: {row['errors']}")
-            self.keep("layers", {"rates": rates, "rows": rows})
+                    self.say(f"{shape.name}: WRONG, not timed: {row.get('errors', row.get('failure'))}")
 
     def steps(self) -> None:
         """Layers 2-4 as one step."""
@@ -138,22 +169,50 @@ class Suite:
         settings: tuple[tuple[int, int], ...] = ((1, 5),) if self.is_rehearsal else ((2, 161), (8, 119))
         for (batch, side), (dtype, tf32) in ((s, d) for s in settings for d in self.dtypes):
             clocks.set_tf32(tf32)
-            # compiling the trunk takes a minute: at the first setting
-            compiles = not self.is_rehearsal and (batch, side) == settings[0]
-            row = device_steps.time_steps(
-                trunks, batch, side, 4 * config.width, dtype, self.clock, self.rounds, compiles
-            )  # fmt: skip
+            if self.is_late():
+                return
+            row = self.row(
+                device_steps.time_steps, trunks, batch, side, 4 * config.width, dtype, self.clock, self.rounds, False
+            )
             rows.append(row)
-            self.is_right &= row["is_equal"]
-            if row["is_equal"]:
-                self.say(
-                    f"step b{batch} {side}² {dtype}: " + ", ".join(f"{n} {ms:.2f} ms" for n, ms in row["ms"].items())
-                )
-                self.say("  peak MiB: " + ", ".join(f"{n} {b / 2**20:.0f}" for n, b in row["peak_bytes"].items()))
-                self.say("  " + ", ".join(f"{n} {value:.2f}" for n, value in row["ratios"].items()))
-            else:
-                self.say(f"step {dtype}: WRONG, not timed: {row['errors']}")
             self.keep("steps", rows)
+            self.say_step(row)
+        # last, in one dtype: compiling the trunk takes a minute or more
+        if not self.is_rehearsal and not self.is_late(120):
+            clocks.set_tf32(False)
+            rows.append(
+                self.row(device_steps.time_steps, trunks, 2, 161, 256, torch.bfloat16, self.clock, self.rounds, True)
+            )
+            self.keep("steps", rows)
+            self.say_step(rows[-1])
+
+    def say_step(self, row: dict[str, Any]) -> None:
+        """A step's row in three lines."""
+        if not row["is_equal"]:
+            self.say(f"step WRONG, not timed: {row.get('errors', row.get('failure'))}")
+            return
+        self.say(
+            f"step b{row['batch']} {row['side']}² {row['dtype']}: "
+            + ", ".join(f"{name} {ms:.2f} ms" for name, ms in row["ms"].items())
+        )
+        self.say("  peak MiB: " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in row["peak_bytes"].items()))
+        self.say("  " + ", ".join(f"{name} {value:.2f}" for name, value in row["ratios"].items()))
+
+    def is_late(self, spare_s: float = 0.0) -> bool:
+        """Whether no further row should start."""
+        is_late = not self.is_rehearsal and time.monotonic() - self.start > DEADLINE_S - spare_s
+        if is_late:
+            self.say("the deadline is near: the rest of this part is left out")
+        return is_late
+
+    def row(self, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        """What `function` returns, or its failure as a row; the ways in use stand in the JSON beside it."""
+        try:
+            row = function(*arguments)
+        except Exception:
+            row = {"is_equal": False, "failure": traceback.format_exc()}
+        self.is_right &= row["is_equal"]
+        return row
 
     def prior(self) -> None:
         """The max-cosine prior at the paper's size."""
@@ -161,14 +220,21 @@ class Suite:
         rows = []
         for dtype, tf32 in (*self.dtypes, (torch.float32, False)):
             clocks.set_tf32(tf32)
-            row = prior.time_prior(channels, side, dtype, self.clock, self.rounds)
+            row = self.row(prior.time_prior, channels, side, dtype, self.clock, self.rounds)
             row["tf32"] = tf32
+            row["checks"] = device_checks.check_prior(self.clock.device, channels, side, dtype)
+            self.is_right &= all(check["is_within"] for check in row["checks"])
             rows.append(row)
-            self.is_right &= row["is_equal"]
             self.say(
                 f"prior {dtype}{' tf32' if tf32 else ''}: { ({n: row.get(n) for n in ('error', 'kept_bytes', 'ms', 'peak_bytes')}) }"
             )
         self.keep("prior", rows)
+
+
+def _choices() -> dict[str, str]:
+    """Which way the dispatcher took for each shape so far, as it is remembered on disk."""
+    folder = Path(os.environ["SVF_FAST_CACHE_DIR"])
+    return {k: v for f in folder.glob("choices-*.json") for k, v in json.loads(f.read_text("utf-8"))["choices"].items()}
 
 
 def _use_the_interpreter() -> None:
@@ -200,9 +266,16 @@ def main() -> int:
     suite = Suite(clocks.RehearsalClock() if options.rehearse else clocks.CudaClock(), options.out)
     for part in options.parts:
         suite.say(f"— {part}")
-        getattr(suite, part)()
+        try:
+            getattr(suite, part)()
+        except Exception:
+            suite.is_right = False
+            suite.say(traceback.format_exc())
+            suite.keep(f"{part} failed", traceback.format_exc())
     suite.say("all equal to their references" if suite.is_right else "NOT all equal to their references")
-    return 0 if suite.is_right else 1
+    sys.stdout.flush()
+    # not waiting for a worker that hangs
+    os._exit(0 if suite.is_right else 1)
 
 
 if __name__ == "__main__":

@@ -55,10 +55,10 @@ class LayerShape(NamedTuple):
         mask = y // 8 if self.has_relu else 0
         residual = y if self.has_residual else 0
         weights = self.rank * (self.inputs * self.taps**2 + self.outputs)
-        read = x // self.stride**2 if self.taps == 1 else x
+        # a strided 1x1 layer reads the pixels that it visits
+        read = after * self.inputs if self.taps == 1 else x
         forward = width * (read + z + y + residual + weights) + mask
-        weighted = 0 if self.taps == 1 else 2 * z
-        backward = width * (y + z + x + residual + weighted + weights) + mask
+        backward = width * (y + z + x + residual + weights) + mask
         return forward, backward
 
 

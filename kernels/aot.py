@@ -1,7 +1,7 @@
 """Compiling every kernel configuration that may be chosen for ResNet-50, for GPUs that are not there, and what each costs:
 registers, spills, shared memory, tensor-core instructions.
 
-python -m svf_fast.kernels.aot [--arch 80 90 100] [--types bf16 tf32 fp32] [--keep exact int8] [--jobs 2] [--json FILE]
+python -m svf_fast.kernels.aot [--arch 80 90 100] [--types bf16 tf32 fp32] [--keep exact int8 none] [--jobs 2] [--json FILE]
 
 What a launch would compile is compiled: the launchers run on CPU tensors, with a stand-in for the driver, and stop before the
 launch. Exit status 1 where a configuration spills, needs more shared memory than the GPU has, or multiplies without tensor
@@ -73,8 +73,8 @@ class Cost(NamedTuple):
         return found
 
 
-# Co, Ci of the layers that differ in their rank
-_LAYERS = {"l2 conv3": (512, 128), "l3 conv3": (1024, 256), "l4 conv3": (2048, 512)}
+# Co, Ci and stride of the layers that differ in their rank; the strided one has no residual and no ReLU
+_LAYERS = {"l2 conv3": (512, 128, 1), "l3 conv3": (1024, 256, 1), "l4 conv3": (2048, 512, 1), "l2 down": (512, 256, 2)}
 _ELEMENTWISE = ("epilogue", "quantize", "pack", "keep", "cosine backward")
 
 
@@ -85,21 +85,23 @@ def jobs(types: list[str], keeps: list[str]) -> Iterator[Job]:
 
     for name in types:
         products = precision(*TYPES[name])
-        seen: set[tuple[str, str, Config]] = set()
-        for layer, (outputs, inputs) in _LAYERS.items():
+        seen: set[tuple[int, str, str, Config]] = set()
+        for layer, (outputs, inputs, stride) in _LAYERS.items():
             rank = min(outputs, inputs)
             for keep in keeps:
+                is_roomy = keep == "exact" and stride == 1
                 offers = {
-                    "fused": configs.back_to_back_forward(rank, products, keep == "int8"),
+                    "fused": configs.back_to_back_forward(rank, products, keep == "int8", is_roomy),
                     "fused backward": configs.back_to_back_backward(rank, products),
-                    "project": configs.projection_forward(products, keep == "int8"),
+                    "project": configs.projection_forward(products),
                     "project backward": configs.projection_backward(rank, products),
                 }
                 for kernel, tiles in offers.items():
                     for config in tiles:
                         # layers differ in sizes that are not compiled in: one stands for all
-                        if (kernel, keep, config) not in seen:
-                            seen.add((kernel, keep, config))
+                        job = (stride, kernel, keep, config)
+                        if job not in seen and not (keep == "none" and "backward" in kernel):
+                            seen.add(job)
                             yield Job(kernel, layer, name, keep, config)
         yield Job("cosine", "prior", name, "", configs.COSINE[products])
         # the same kernel whatever a product rounds
@@ -115,9 +117,9 @@ def _launch(job: Job) -> None:
     dtype, tf32 = TYPES[job.type]
     products = precision(dtype, tf32)
 
-    def activation(channels: int, kind: torch.dtype = dtype) -> Tensor:
+    def activation(channels: int, kind: torch.dtype = dtype, side: int = _SIDE) -> Tensor:
         # never touched: the pages are not even mapped
-        return torch.empty(_BATCH, channels, _SIDE, _SIDE, dtype=kind, memory_format=torch.channels_last)
+        return torch.empty(_BATCH, channels, side, side, dtype=kind, memory_format=torch.channels_last)
 
     if job.layer == "prior":
         features, flat = activation(2048), torch.ones(_BATCH, 1, _SIDE, _SIDE)
@@ -131,26 +133,33 @@ def _launch(job: Job) -> None:
             values, features, features, winners, flat, 1e-7, features.shape, False, True, True
         )  # fmt: skip
         return
-    outputs, inputs = _LAYERS[job.layer]
+    outputs, inputs, stride = _LAYERS[job.layer]
     rank = min(outputs, inputs)
     vector = torch.empty(outputs)
     layer = Layer(
         torch.empty(rank, inputs, dtype=dtype), torch.empty(rank), torch.empty(outputs, rank, dtype=dtype), vector, vector,
-        Geometry(), True,
+        Geometry((stride, stride)), stride == 1,
     )  # fmt: skip
-    x, y, residual = activation(inputs), activation(outputs), activation(outputs)
+    x, y = activation(inputs, side=stride * (_SIDE - 1) + 1), activation(outputs)
+    residual = activation(outputs) if layer.relu else None
     z, q = activation(rank), activation(rank, torch.int8)
-    mask = torch.empty(y.numel() // 8, dtype=torch.uint8)
+    mask = torch.empty(y.numel() // 8 if layer.relu else 0, dtype=torch.uint8)
     q_scale = torch.empty(-(-y.numel() // outputs // 64), rank)
     is_int8 = job.keep == "int8"
-    out = Outputs(y, mask, None if is_int8 else z, q if is_int8 else None, q_scale if is_int8 else None)
+    out = Outputs(y, mask if mask.numel() and job.keep != "none" else None)
+    if job.keep != "none":
+        out = out._replace(q=q, q_scale=q_scale) if is_int8 else out._replace(z=z)
     kept = Kept(q if is_int8 else z, q_scale if is_int8 else torch.empty(0), mask)
-    gradients = Gradients(torch.empty_like(y), torch.empty(4096, rank), dense_strides(y.shape, torch.channels_last))
+    gradients = Gradients(
+        torch.empty_like(y) if layer.relu else None,
+        torch.empty(4096, rank),
+        dense_strides(y.shape, torch.channels_last),
+    )
     launchers: dict[str, Callable[[], Any]] = {
-        "fused": partial(back_to_back.forward, x, layer, residual, out, job.config, products),
-        "fused backward": partial(back_to_back.backward, y, layer, kept, gradients, x, job.config, products),
+        "fused": partial(back_to_back.forward, x, layer, layer.s, residual, out, job.config, products),
+        "fused backward": partial(back_to_back.backward, y, layer, layer.s, kept, gradients, x, job.config, products),
         "project": partial(projection.forward, z, layer.u, layer, residual, out, job.config, products),
-        "project backward": partial(projection.backward, y, layer, kept, gradients, z, job.config, products),
+        "project backward": partial(projection.backward, y, layer, layer.s, kept, gradients, z, job.config, products),
         "epilogue": partial(elementwise.epilogue, layer, residual, out),
         "quantize": partial(elementwise.quantize, z, q, q_scale),
         "pack": partial(elementwise.pack, y),
@@ -222,7 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=sorted(SHARED_LIMIT), choices=sorted(SHARED_LIMIT))
     parser.add_argument("--types", nargs="+", default=["bf16", "tf32", "fp32"], choices=sorted(TYPES))
-    parser.add_argument("--keep", nargs="+", default=["exact", "int8"], choices=["exact", "int8"])
+    parser.add_argument("--keep", nargs="+", default=["exact", "int8", "none"], choices=["exact", "int8", "none"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     options = parser.parse_args()

@@ -48,8 +48,9 @@ def forward_kernel(
     if q is not None:
         z_start, rows = rows_of(first_pixel, plane, width, z_strides, UNIFORM, BM)
         store_quantized(q, q_scale, accumulated, first_pixel, z_start, rows, rows_ok, r, rank, pixels, z_strides)
-    weighted = accumulated * tl.load(s + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
-    weighted = weighted.to(y.dtype.element_ty)
+    if s is not None:
+        accumulated = accumulated * tl.load(s + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
+    weighted = accumulated.to(y.dtype.element_ty)
     y_start, y_rows = rows_of(first_pixel, plane, width, y_strides, UNIFORM, BM)
     residual_start, residual_rows = y_start, y_rows
     if residual is not None:
@@ -93,7 +94,9 @@ def backward_kernel(
             kept_z(z, q, q_scale, first_pixel, rows_ok, r, plane, width, rank, pixels, z_strides, UNIFORM) * g, 0
         )
         tl.store(partial + program.to(tl.int64) * rank + r, total, mask=r < rank)
-    weighted = (g * tl.load(s + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]).to(dx.dtype.element_ty)
+    if s is not None:
+        g = g * tl.load(s + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
+    weighted = g.to(dx.dtype.element_ty)
     dx_start, dx_rows = rows_of(first_pixel, plane, width, dx_strides, UNIFORM, BM)
     for start in range(0, inputs, BK):
         k = start + tl.arange(0, BK)
@@ -107,24 +110,30 @@ def backward_kernel(
         tl.store(dx + dx_start + tile_offsets(dx_rows, k, dx_strides), product.to(dx.dtype.element_ty), mask=ok)
 
 
-def forward(x: Tensor, layer: Layer, residual: Tensor | None, out: Outputs, config: Config, precision: str) -> None:
-    """Fills `out` from x [N, Ci, H, W] of any strides; the layer is pointwise, its factors in x's dtype."""
+def forward(
+    x: Tensor, layer: Layer, s: Tensor | None, residual: Tensor | None, out: Outputs, config: Config, precision: str
+) -> None:
+    """Fills `out` from x [N, Ci, H, W] of any strides; the layer is pointwise, its factors in x's dtype. `s` is
+    None where u has it already."""
     batch, channels, height, width = out.y.shape
     pixels = batch * height * width
     strides = (
         strides_of(x, layer.geometry.stride), strides_of(out.y), strides_of(out.y if residual is None else residual),
         out.z_strides(),
     )  # fmt: skip
-    uniform = is_uniform((batch, height, width), max(x.shape[1], channels), strides)
+    uniform = is_uniform((batch, height, width), max(x.shape[1], layer.u.shape[1], channels), strides)
     forward_kernel[(blocks(pixels, config.BM),)](
-        x, layer.v, layer.s, layer.u, layer.scale, layer.shift, residual, out.y, out.mask, out.z, out.q, out.q_scale,
+        x, layer.v, s, layer.u, layer.scale, layer.shift, residual, out.y, out.mask, out.z, out.q, out.q_scale,
         pixels, height * width, width, x.shape[1], layer.u.shape[1], channels,
         *strides, layer.relu, precision, uniform, config.BM, config.BN, config.BK, config.BR, **config.options(),
     )  # fmt: skip
 
 
-def backward(dy: Tensor, layer: Layer, kept: Kept, out: Gradients, dx: Tensor, config: Config, precision: str) -> None:
-    """Fills `out` and dx [N, Ci, H, W] from dy [N, Co, Ho, Wo] of any strides; a strided layer's dx must hold zeros."""
+def backward(
+    dy: Tensor, layer: Layer, s: Tensor | None, kept: Kept, out: Gradients, dx: Tensor, config: Config, precision: str
+) -> None:
+    """Fills `out` and dx [N, Ci, H, W] from dy [N, Co, Ho, Wo] of any strides; a strided layer's dx must hold zeros.
+    `s` is None where v has it already."""
     batch, channels, height, width = dy.shape
     pixels = batch * height * width
     is_int8 = kept.z_scale.numel() > 0
@@ -132,9 +141,9 @@ def backward(dy: Tensor, layer: Layer, kept: Kept, out: Gradients, dx: Tensor, c
         strides_of(dy), out.y_strides, strides_of(kept.z) if kept.z.numel() else out.y_strides,
         strides_of(dx, layer.geometry.stride),
     )  # fmt: skip
-    uniform = is_uniform((batch, height, width), max(dx.shape[1], channels), strides)
+    uniform = is_uniform((batch, height, width), max(dx.shape[1], layer.u.shape[1], channels), strides)
     backward_kernel[(blocks(pixels, config.BM),)](
-        dy, kept.mask if kept.mask.numel() else None, layer.u, layer.scale, layer.s, layer.v,
+        dy, kept.mask if kept.mask.numel() else None, layer.u, layer.scale, s, layer.v,
         None if is_int8 else kept.z, kept.z if is_int8 else None, kept.z_scale if is_int8 else None,
         out.d, dx, out.partial,
         pixels, height * width, width, dx.shape[1], layer.u.shape[1], channels,

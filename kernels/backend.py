@@ -10,21 +10,24 @@ composed   stock operations alone (the `torch` backend)"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
+from svf_fast.backends import composed_cosine
 from svf_fast.backends.composed import ComposedBackend, data_gradient_of, v_convolution
 from svf_fast.bits import packed_bytes
 from svf_fast.choice import Chooser
-from svf_fast.contract import Geometry, Kept, Layer, Needs, fold_left
+from svf_fast.contract import Geometry, Kept, Layer, Needs, dense, fold_left
 from svf_fast.kernels import back_to_back, configs, cosine, elementwise, projection
 from svf_fast.kernels.launch import (
     Config,
@@ -34,13 +37,15 @@ from svf_fast.kernels.launch import (
     convolution_precision,
     dense_strides,
     has_words,
+    product_precision,
     strides_of,
 )
 from svf_fast.quantize import GROUP_PIXELS
 from svf_fast.vendor import convolve, empty, pointwise
 
 # What does not compile, or does not fit, on a device is left out there.
-UNFIT = (OutOfResources, triton.CompilationError, torch.OutOfMemoryError)
+# (Triton's passes and the driver raise RuntimeError.)
+UNFIT = (OutOfResources, PTXASError, triton.CompilationError, RuntimeError)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,9 +62,12 @@ class Way(NamedTuple):
 COMPOSED = Way("composed")
 # What forward, backward or projection return.
 Results = tuple[Tensor | Kept, ...]
-# Largest difference between two exact ways, relative to the result: several times the rounding of half precisions and int8,
-# and far below what a wrong index does.
-_AGREEMENT = 3e-2
+# Largest difference between two exact ways, relative to the result, by how they multiply: several times the rounding, and far
+# below what a wrong index does. int8's levels may differ by one in 127.
+_AGREEMENT = {"ieee": 3e-2, "tf32": 1e-2, "tf32x3": 1e-4}
+_INT8_AGREEMENT = 3e-2
+# Runs with results that are not finite after which stock operations are settled for.
+_PATIENCE = 3
 # Decides for a key which of the ways on offer to take; the last argument runs one.
 Pick = Callable[[Hashable, Callable[[], list[Way]], Callable[[Way], Any]], Way]
 
@@ -79,6 +87,7 @@ class Measured:
     def __init__(self, chooser: Chooser) -> None:
         self._chooser = chooser
         self._ways: dict[Hashable, Way] = {}
+        self._undecided: dict[Hashable, int] = {}
 
     def __call__(self, key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], Results]) -> Way:
         # two roundings of one sum are both right, but only one of them is the same in every run
@@ -93,44 +102,59 @@ class Measured:
         if name not in by_name:
             if _is_capturing():
                 return ways[0]
-            expected = _tensors(run(COMPOSED))
-            if not all(t.isfinite().all() for t in expected if t.is_floating_point()):
-                # nothing can be compared: decided another time
+            name = self._decide(key, by_name, run)
+            if name is None:
                 return COMPOSED
-            agreeing = {
-                n: partial(run, w) for n, w in by_name.items() if w == COMPOSED or _agrees(key, w, run, expected)
-            }
-            name = str(COMPOSED)
-            if len(agreeing) > 1:
-                name = self._chooser.choose(key, agreeing, name)
         self._ways[key] = by_name[name]
         return by_name[name]
 
+    def _decide(self, key: Hashable, ways: dict[str, Way], run: Callable[[Way], Results]) -> str | None:
+        """The name of the fastest of the ways that agree with stock operations; None where nothing can be compared yet."""
+        stock = str(COMPOSED)
+        expected = _tensors(run(COMPOSED))
+        if not all(t.isfinite().all() for t in expected if t.is_floating_point()):
+            # decided another time, though not every time: some networks are never finite
+            self._undecided[key] = self._undecided.get(key, 0) + 1
+            return None if self._undecided[key] < _PATIENCE else stock
+        is_lasting = True
+        agreeing = {stock: partial(run, COMPOSED)}
+        for name, way in ways.items():
+            try:
+                if way != COMPOSED and _agrees(key, way, _tensors(run(way)), expected):
+                    agreeing[name] = partial(run, way)
+            except torch.OutOfMemoryError:
+                # there may be room for it another day
+                is_lasting = False
+            except UNFIT as error:
+                _warn(key, way, f"cannot run here ({type(error).__name__}: {str(error).splitlines()[0]})")
+        return self._chooser.choose(key, agreeing, stock, is_lasting=is_lasting)
 
-def _agrees(key: Hashable, way: Way, run: Callable[[Way], Results], expected: list[Tensor]) -> bool:
-    """Whether the results of `way` are those expected, to rounding; False where it does not fit on the device."""
-    try:
-        found = _tensors(run(way))
-    except UNFIT:
-        return False
+
+def _agrees(key: Hashable, way: Way, found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether the results of `way` are those expected, to rounding."""
     for result, reference in zip(found, expected, strict=True):
+        limit = (
+            _INT8_AGREEMENT if reference.dtype == torch.int8 else _AGREEMENT[convolution_precision(expected[0].dtype)]
+        )
+        if reference.dtype == torch.int32:
+            # winners of a max: among equals any may be named
+            continue
         if result.shape != reference.shape or result.dtype != reference.dtype:
             difference = torch.inf
         elif reference.dtype == torch.uint8:
-            # a byte of the mask differs where rounding decides one of its eight signs
-            difference = float((result != reference).float().mean()) / 8 if reference.numel() else 0.0
+            # the mask of the y beside it, bit for bit: rounding may decide other signs than in `expected`
+            difference = float((result != elementwise.pack(found[0])).any()) if reference.numel() else 0.0
         else:
-            difference = max(
-                _ratio(result.double() - reference, reference.double(), order) for order in (2.0, torch.inf)
-            )
+            difference = max(_ratio(result.float() - reference, reference.float(), order) for order in (2.0, torch.inf))
         # NaN compares false
-        if not difference <= _AGREEMENT:
-            warnings.warn(
-                f"svf_fast: the kernels of {way} differ from stock operations by {difference:.1e} and are not used for {key}",
-                stacklevel=2,
-            )
+        if not difference <= limit:
+            _warn(key, way, f"differs from stock operations by {difference:.1e}")
             return False
     return True
+
+
+def _warn(key: Hashable, way: Way, what: str) -> None:
+    warnings.warn(f"svf_fast: the kernel {way} {what} and is not used for {key}", stacklevel=2)
 
 
 def _ratio(difference: Tensor, reference: Tensor, order: float) -> float:
@@ -149,9 +173,6 @@ def _tensors(results: Results) -> list[Tensor]:
 class TritonBackend:
     """Kernels in the way that `pick` decides for each shape."""
 
-    max_cosine = staticmethod(cosine.max_cosine)
-    max_cosine_backward = staticmethod(cosine.max_cosine_backward)
-
     def __init__(self, pick: Pick) -> None:
         self._way = pick
         self._composed = ComposedBackend()
@@ -169,7 +190,8 @@ class TritonBackend:
         def run(way: Way) -> tuple[Tensor, Kept]:
             return self.run_forward(way, x, layer, residual, keep_z, keep_mask, memory_format)
 
-        about = (layer.scale is None, layer.shift is None, residual is None, layer.relu, keep_z, keep_mask)
+        residual_strides = None if residual is None else residual.stride()
+        about = (layer.scale is None, layer.shift is None, residual_strides, layer.relu, keep_z, keep_mask)
         key = _key("forward", x, layer, memory_format, *about)
         return run(self._way(key, partial(forward_ways, x, layer, keep_z, memory_format), run))
 
@@ -183,7 +205,14 @@ class TritonBackend:
         def run(way: Way) -> tuple[Tensor, Tensor, Tensor]:
             return self.run_backward(way, dy, layer, kept, size, memory_format, needs)
 
-        about = (layer.scale is None, tuple(size), kept.z.dtype, kept.mask.numel() > 0, needs, dy.stride())
+        about = (
+            layer.scale is None,
+            tuple(size),
+            str(kept.z.dtype),
+            len(kept.z_scale) == 1,
+            kept.mask.numel() > 0,
+            needs,
+        )
         key = _key("backward", dy, layer, memory_format, *about)
         return run(self._way(key, partial(backward_ways, dy, layer, memory_format, needs), run))
 
@@ -194,8 +223,31 @@ class TritonBackend:
             y, kept = self._projected(way, z, layer, residual, "none", keep_mask, memory_format)
             return y, kept.mask
 
-        key = _key("project", z, layer, memory_format, residual is None, layer.relu, keep_mask)
+        about = (layer.scale is None, layer.shift is None, residual is None, layer.relu, keep_mask)
+        key = _key("project", z, layer, memory_format, *about)
         return run(self._way(key, partial(projection_ways, z, layer, memory_format), run))
+
+    def max_cosine(self, query: Tensor, support: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        def run(way: Way) -> tuple[Tensor, Tensor]:
+            source = composed_cosine if way == COMPOSED else cosine
+            return source.max_cosine(query, support, mask, eps)
+
+        key = _cosine_key("max_cosine", query, support, mask is None)
+        return run(self._way(key, partial(cosine_ways, query), run))
+
+    def max_cosine_backward(
+        self, dvalue: Tensor, query: Tensor, source: Tensor, winners: Tensor, mask: Tensor | None, eps: float,
+        size: Sequence[int], is_gathered: bool, need_query: bool, need_support: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        def run(way: Way) -> tuple[Tensor, Tensor]:
+            return (composed_cosine if way == COMPOSED else cosine).max_cosine_backward(
+                dvalue, query, source, winners, mask, eps, size, is_gathered, need_query, need_support
+            )
+
+        # how many rows won is another number every time
+        about = (mask is None, tuple(size), is_gathered, need_query, need_support)
+        key = _cosine_key("max_cosine_backward", query, query, *about)
+        return run(self._way(key, partial(cosine_ways, query), run))
 
     def run_forward(
         self, way: Way, x: Tensor, layer: Layer, residual: Tensor | None, keep_z: str, keep_mask: bool,
@@ -210,9 +262,12 @@ class TritonBackend:
             y = empty((len(x), layer.u.shape[0], *size), x, memory_format)
             out = _outputs(y, layer.v.shape[0], keep_z, keep_mask, memory_format)
             assert way.config is not None
-            back_to_back.forward(
-                x, _dense_operands(layer, x.dtype), residual, out, way.config, convolution_precision(x.dtype)
-            )
+            operands = _dense_operands(layer, x.dtype)
+            s: Tensor | None = operands.s
+            if x.dtype == torch.float16:
+                # where stock operations have it: s ⊙ z would overflow before s ⊙ u does
+                operands, s = operands._replace(u=_scaled(operands.u, operands.s)), None
+            back_to_back.forward(x, operands, s, residual, out, way.config, convolution_precision(x.dtype))
             return y, _kept(out, keep_mask)
         z = v_convolution(x, layer, memory_format)
         return self._projected(way, z, layer, residual, keep_z, keep_mask, memory_format)
@@ -226,19 +281,20 @@ class TritonBackend:
             assert way.config is not None
             y = empty((len(z), layer.u.shape[0], *z.shape[2:]), z, memory_format)
             out = _outputs(y, z.shape[1], "int8" if keep_z == "int8" else "none", keep_mask, memory_format)
-            left = torch.empty(layer.u.shape, dtype=z.dtype, device=z.device)
-            torch.mul(layer.u, layer.s, out=left)
-            products = convolution_precision(z.dtype)
-            projection.forward(z, left, _dense_operands(layer, z.dtype), residual, out, way.config, products)
+            operands = _dense_operands(layer, z.dtype)
+            left = _scaled(operands.u, operands.s)
+            projection.forward(z, left, operands, residual, out, way.config, convolution_precision(z.dtype))
             return y, _kept(out._replace(z=z if keep_z == "exact" else None), keep_mask)
         if way.path == "epilogue":
             groups = layer.geometry.groups
-            left = fold_left(layer.u, groups, layer.s, None, z.dtype)
+            left = fold_left(layer.u, groups, layer.s, layer.scale, z.dtype)
             if groups == 1:
                 y = pointwise(z, left.flatten(1), memory_format)
             else:
                 y = convolve(z, left, None, Geometry(groups=groups), memory_format)
-            return self._finished(y, z, layer, residual, keep_z, keep_mask)
+            return self._finished(y, z, layer._replace(scale=None), residual, keep_z, keep_mask)
+        if way != COMPOSED:
+            raise ValueError(f"no way of a forward is called {way}")
         y, mask = self._composed.project(z, layer, residual, keep_mask, memory_format)
         return y, self._kept_of(y, z, keep_z, mask)
 
@@ -272,8 +328,10 @@ class TritonBackend:
         memory_format: torch.memory_format, needs: Needs,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """`backward` in one way of `backward_ways`, or COMPOSED; z is in `kept`."""
-        if way.path == "composed":
+        if way == COMPOSED:
             return self._composed.backward(dy, layer, kept, None, size, memory_format, needs)
+        if way.path == "epilogue":
+            return self._masked_backward(dy, layer, kept, size, memory_format, needs)
         config = way.config
         assert config is not None
         batch, _, height, width = dy.shape
@@ -286,63 +344,116 @@ class TritonBackend:
             partial_sums = torch.empty(programs, rank, dtype=torch.float32, device=dy.device)
         out = Gradients(d, partial_sums, dense_strides(dy.shape, memory_format))
         products = convolution_precision(dy.dtype)
+        if len(kept.z_scale) == 1:
+            # kept by a backend that has one group of all pixels
+            groups = self.scale_groups(batch * height * width)
+            kept = kept._replace(z_scale=kept.z_scale.expand(groups, rank).contiguous())
+        operands = _dense_operands(layer, dy.dtype)
+        s: Tensor | None = operands.s
+        if dy.dtype == torch.float16:
+            # where stock operations have them: d ⊙ scale and s ⊙ g would overflow before the factors do
+            folded = fold_left(operands.u, 1, None, operands.scale, dy.dtype).flatten(1)
+            values = operands.s.view(-1, 1, 1, 1)
+            operands, s = operands._replace(u=folded, scale=None, v=(operands.v * values).to(dy.dtype)), None
         dx = dy.new_empty(0)
         if way.path == "fused":
             dx = empty((batch, layer.v.shape[1], *size), dy, memory_format)
             if layer.geometry.stride != (1, 1):
                 dx.zero_()
-            back_to_back.backward(dy, _dense_operands(layer, dy.dtype), kept, out, dx, config, products)
+            back_to_back.backward(dy, operands, s, kept, out, dx, config, products)
         else:
             weighted = empty((batch, rank, height, width), dy, memory_format) if needs.dx else None
-            projection.backward(dy, _dense_operands(layer, dy.dtype), kept, out, weighted, config, products)
+            projection.backward(dy, operands, s, kept, out, weighted, config, products)
             if weighted is not None:
-                dx = data_gradient_of(weighted, layer.v.to(dy.dtype), layer, size, memory_format)
+                dx = data_gradient_of(weighted, operands.v.to(dy.dtype), layer, size, memory_format)
         ds = dy.new_empty(0) if partial_sums is None else partial_sums.sum(0)
         return dx, ds, dy.new_empty(0) if d is None else d
+
+    def _masked_backward(
+        self,
+        dy: Tensor,
+        layer: Layer,
+        kept: Kept,
+        size: Sequence[int],
+        memory_format: torch.memory_format,
+        needs: Needs,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One kernel for the mask, stock operations behind it."""
+        if not kept.mask.numel():
+            return self._composed.backward(dy, layer, kept, None, size, memory_format, needs)
+        d = elementwise.keep_masked(dense(dy, memory_format), kept.mask)
+        unmasked = kept._replace(mask=kept.mask.new_empty(0))
+        dx, ds, nothing = self._composed.backward(d, layer, unmasked, None, size, memory_format, needs)
+        return dx, ds, d if needs.d else nothing
 
 
 def forward_ways(x: Tensor, layer: Layer, keep_z: str, memory_format: torch.memory_format) -> list[Way]:
     """What is offered for a forward; the first is taken where nothing may be measured."""
-    ways = projection_ways(x, layer, memory_format, keep_z == "int8")
-    if ways == [COMPOSED]:
+    ways = projection_ways(x, layer, memory_format)
+    if ways == [COMPOSED] or layer.geometry.groups > 1:
         return ways
-    rank = layer.v.shape[0]
-    if layer.geometry.groups == 1:
-        if keep_z not in ("exact", "int8"):
-            ways.append(Way("merged"))
-        if layer.is_pointwise:
-            products = convolution_precision(x.dtype)
-            fused = [Way("fused", c) for c in configs.back_to_back_forward(rank, products, keep_z == "int8")]
-            ways = fused + ways if memory_format is torch.channels_last else ways + fused
+    if keep_z not in ("exact", "int8"):
+        ways.append(Way("merged"))
+    if layer.is_pointwise and memory_format is torch.channels_last:
+        is_roomy = keep_z == "exact" and layer.geometry.stride == (1, 1)
+        offers = configs.back_to_back_forward(
+            layer.v.shape[0], convolution_precision(x.dtype), keep_z == "int8", is_roomy
+        )
+        ways = [*(Way("fused", config) for config in offers), *ways]
     return ways
 
 
-def projection_ways(z: Tensor, layer: Layer, memory_format: torch.memory_format, is_int8: bool = False) -> list[Way]:
+def projection_ways(z: Tensor, layer: Layer, memory_format: torch.memory_format) -> list[Way]:
     """What is offered from z on."""
-    if z.dtype not in _DTYPES or z.numel() == 0:
+    if not _takes(z):
         return [COMPOSED]
     ways = [Way("epilogue")]
+    if memory_format is not torch.channels_last:
+        # pixel by pixel a contiguous picture is read slowly, and kernels that can do it spill
+        return [COMPOSED, *ways]
     if layer.geometry.groups == 1:
-        ways = [Way("project", c) for c in configs.projection_forward(convolution_precision(z.dtype), is_int8)] + ways
-    # contiguous pictures are read pixel by pixel: stock operations are the safe choice there
-    return ways if memory_format is torch.channels_last else [COMPOSED, *ways]
+        ways = [Way("project", c) for c in configs.projection_forward(convolution_precision(z.dtype))] + ways
+    return ways
 
 
 def backward_ways(dy: Tensor, layer: Layer, memory_format: torch.memory_format, needs: Needs) -> list[Way]:
     """What is offered for a backward; the first is taken where nothing may be measured."""
-    if dy.dtype not in _DTYPES or dy.numel() == 0 or layer.geometry.groups != 1 or not (needs.dx or needs.ds):
+    if not _takes(dy):
         return [COMPOSED]
+    ways = [Way("epilogue")]
+    if memory_format is not torch.channels_last:
+        return [COMPOSED, *ways]
+    if layer.geometry.groups > 1 or not (needs.dx or needs.ds):
+        return ways
     rank, products = layer.v.shape[0], convolution_precision(dy.dtype)
-    ways = [Way("project", c) for c in configs.projection_backward(rank, products)]
+    ways = [*(Way("project", config) for config in configs.projection_backward(rank, products)), *ways]
     if layer.is_pointwise and needs.dx:
-        ways = [Way("fused", c) for c in configs.back_to_back_backward(rank, products)] + ways
-    return ways if memory_format is torch.channels_last else [COMPOSED, *ways]
+        ways = [*(Way("fused", config) for config in configs.back_to_back_backward(rank, products)), *ways]
+    return ways
+
+
+def cosine_ways(query: Tensor) -> list[Way]:
+    """What is offered for the prior; the first is taken where nothing may be measured."""
+    # pictures are counted on a grid axis of 16 bits
+    is_taken = query.dtype in _DTYPES and len(query) < 2**16
+    return [Way("streamed"), COMPOSED] if is_taken else [COMPOSED]
+
+
+def _cosine_key(what: str, query: Tensor, support: Tensor, *about: Hashable) -> Hashable:
+    shapes = (tuple(query.shape), query.stride(), tuple(support.shape), support.stride())
+    return (what, str(query.dtype), *shapes, product_precision(query.dtype), *about)
+
+
+def _takes(t: Tensor) -> bool:
+    """Whether the kernels compute with tensors like t [N, C, H, W]: pixels are numbered in 32 bits."""
+    return t.dtype in _DTYPES and t.numel() > 0 and t.numel() // t.shape[1] < 2**31 - 4096
 
 
 def _key(what: str, t: Tensor, layer: Layer, memory_format: torch.memory_format, *about: Hashable) -> Hashable:
     """What a choice depends on; its text is the key on disk."""
     return (
-        what, str(t.dtype), tuple(t.shape), tuple(layer.v.shape), tuple(layer.u.shape), tuple(layer.geometry),
+        what, str(t.dtype), tuple(t.shape), t.stride(), tuple(layer.v.shape), tuple(layer.u.shape), str(layer.u.dtype),
+        tuple(layer.geometry),
         memory_format is torch.channels_last, convolution_precision(t.dtype), *about,
     )  # fmt: skip
 
@@ -360,6 +471,11 @@ def _dense_operands(layer: Layer, dtype: torch.dtype) -> Layer:
         scale=None if layer.scale is None else layer.scale.contiguous(),
         shift=None if layer.shift is None else layer.shift.contiguous(),
     )
+
+
+def _scaled(u: Tensor, s: Tensor) -> Tensor:
+    """u ⊙ s [Co, R] in u's dtype, multiplied in the wider one, by one kernel."""
+    return torch.mul(u, s, out=torch.empty(u.shape, dtype=u.dtype, device=u.device))
 
 
 def _merged_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
@@ -397,11 +513,17 @@ def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+# Device cycles to wait, some milliseconds: longer than launching ten runs takes.
+_HEAD_START = 8_000_000
+
+
 def _seconds(way: Callable[[], object]) -> list[float]:
     """Seconds of ten runs on the current CUDA device, after three that compile and warm up."""
     for _ in range(3):
         way()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
+    # all runs are queued before the first begins: time on the device is compared, not time to launch
+    torch.cuda._sleep(_HEAD_START)
     marks[0].record()
     for mark in marks[1:]:
         way()
@@ -412,5 +534,9 @@ def _seconds(way: Callable[[], object]) -> list[float]:
 
 def make() -> TritonBackend:
     """The backend of this process's CUDA devices, which are taken to be alike."""
-    versions = f"{torch.cuda.get_device_name()} torch {torch.__version__} triton {triton.__version__}"
-    return TritonBackend(Measured(Chooser(versions, _seconds, UNFIT)))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    environment = (
+        f"{torch.cuda.get_device_name()} torch {torch.__version__} cudnn {torch.backends.cudnn.version()} "
+        f"triton {triton.__version__} kernels {hashlib.sha256(sources).hexdigest()[:12]}"
+    )
+    return TritonBackend(Measured(Chooser(environment, _seconds, UNFIT)))

@@ -14,9 +14,9 @@ def rank_tile(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def back_to_back_forward(rank: int, precision: str, is_int8: bool) -> list[Config]:
+def back_to_back_forward(rank: int, precision: str, is_int8: bool, is_roomy: bool) -> list[Config]:
     """Offers for back_to_back.forward, the one to take unmeasured first; none where the rank does not fit. `is_int8`: z is
-    kept as int8, which takes registers."""
+    kept as int8, which takes registers. `is_roomy`: z is kept in full and every pixel visited, which leaves some."""
     BR = rank_tile(rank)
     if rank > LARGEST_RANK or precision == "tf32x3":
         # three products of a tile need more registers than there are
@@ -24,7 +24,7 @@ def back_to_back_forward(rank: int, precision: str, is_int8: bool) -> list[Confi
     if precision == "tf32":
         return [Config(64, 32 if BR > 128 else 64, 32, BR, 8, 2)]
     if BR > 128:
-        return [Config(64, 64, 64, BR, 8, 3)] + [Config(128, 64, 64, BR, 8, 2)] * (not is_int8)
+        return [Config(64, 64, 64, BR, 8, 3)] + [Config(128, 64, 64, BR, 8, 2)] * is_roomy
     if is_int8:
         return [Config(64, 64, 64, BR, 8, 3)]
     return [Config(64, 64, 64, BR, 4, 3), Config(128, 64, 64, BR, 8, 3)]
@@ -42,10 +42,10 @@ def back_to_back_backward(rank: int, precision: str) -> list[Config]:
     return [Config(64, 64, 64, BR, 4, 3), Config(128, 64, 64, BR, 8, 3)]
 
 
-def projection_forward(precision: str, is_int8: bool) -> list[Config]:
+def projection_forward(precision: str) -> list[Config]:
     """Offers for projection.forward, the one to take unmeasured first. BR is not used."""
     if precision == "ieee":
-        return [Config(128, 128, 64, 0, 8, 3), Config(64, 64, 64, 0, 4, 3) if is_int8 else Config(128, 64, 64, 0, 4, 3)]
+        return [Config(128, 128, 64, 0, 8, 3), Config(64, 64, 64, 0, 4, 3)]
     offers = [Config(64, 64, 32, 0, 4, 3), Config(128, 64, 32, 0, 8, 3)]
     return offers if precision == "tf32x3" else [*offers, Config(128, 128, 32, 0, 8, 3)]
 

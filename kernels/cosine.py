@@ -16,12 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svf_fast.backends import composed_cosine
 from svf_fast.contract import memory_format_of
 from svf_fast.kernels.configs import COSINE, COSINE_BACKWARD
 from svf_fast.kernels.launch import blocks, product_precision
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Programs to aim at, some for each multiprocessor: few query positions are made up for by splitting the support.
 _PROGRAMS = 512
 
@@ -167,11 +165,9 @@ def backward_support_kernel(
 def max_cosine(query: Tensor, support: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The largest cosine [B, Hq·Wq] in query's dtype and the support position [B, Hq·Wq] (int32) that has it, the first of
     equals."""
-    if query.dtype not in _DTYPES:
-        return composed_cosine.max_cosine(query, support, mask, eps)
     products = product_precision(query.dtype)
     config = COSINE[products]
-    q, a = query.flatten(2), support.flatten(2)
+    q, a = (_rows(t) for t in (query, support))
     batch, channels, queries = q.shape
     supports = a.shape[2]
     tiles = blocks(queries, config.BM)
@@ -185,10 +181,9 @@ def max_cosine(query: Tensor, support: Tensor, mask: Tensor | None, eps: float) 
         channels, queries, supports, per_split, _strides(q), _strides(a),
         products, config.BM, config.BN, config.BK, **config.options(),
     )  # fmt: skip
-    if splits == 1:
-        return best[:, 0].to(q.dtype), winner[:, 0]
-    value, split = best.max(1, keepdim=True)
-    return value[:, 0].to(q.dtype), winner.gather(1, split)[:, 0]
+    value, split = best.max(1)
+    # fresh tensors: a view as an op's output could not be modified in place by users
+    return value.to(q.dtype), torch.take_along_dim(winner, split[:, None], 1).squeeze(1).clone()
 
 
 def max_cosine_backward(
@@ -196,13 +191,9 @@ def max_cosine_backward(
     size: Sequence[int], is_gathered: bool, need_query: bool, need_support: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dquery and dsupport (empty where not needed) of `max_cosine`."""
-    if query.dtype not in _DTYPES:
-        return composed_cosine.max_cosine_backward(
-            dvalue, query, source, winners, mask, eps, size, is_gathered, need_query, need_support
-        )
     batch, channels, height, width = size
     supports, queries = height * width, winners.shape[1]
-    q = query.flatten(2)
+    q = _rows(query)
     weight = None if mask is None else mask.flatten(1).contiguous()
     # the queries of each support position behind one another: from first_of[i] to first_of[i + 1] in `order`
     by_position, order = winners.sort(dim=1, stable=True)
@@ -213,7 +204,7 @@ def max_cosine_backward(
         has_won = (first_of.diff(dim=1) > 0).flatten()
         row_of, channel_stride = (has_won.cumsum(0) - 1).view(batch, supports) * source.stride(0), source.stride(1)
     else:
-        source = source.flatten(2)
+        source = _rows(source)
         pictures = torch.arange(batch, device=source.device).unsqueeze(1) * source.stride(0)
         row_of = pictures + torch.arange(supports, device=source.device) * source.stride(2)
         channel_stride = source.stride(1)
@@ -234,6 +225,12 @@ def max_cosine_backward(
         channels, queries, supports, _strides(q), channel_stride, config.BM, config.BK, **config.options(),
     )  # fmt: skip
     return nothing if dquery is None else dquery, dsupport.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _rows(features: Tensor) -> Tensor:
+    """[B, C, H, W] as [B, C, H·W] with channels adjacent: a copy is small beside what reads it many times."""
+    flat = features.flatten(2)
+    return flat if flat.stride(1) == 1 else flat.mT.contiguous().mT
 
 
 def _strides(t: Tensor) -> tuple[int, int, int]:

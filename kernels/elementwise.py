@@ -18,7 +18,7 @@ _FLAT = 4096
 _TILE = (64, 64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def pack_kernel(values, mask, count, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     index = first + tl.arange(0, BLOCK)
@@ -28,7 +28,7 @@ def pack_kernel(values, mask, count, BLOCK: tl.constexpr):
     tl.store(mask + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def keep_kernel(values, mask, out, count, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     index = first + tl.arange(0, BLOCK)

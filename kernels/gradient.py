@@ -39,7 +39,7 @@ def projected_gradient(
             factor = tl.load(scale + c, mask=c < channels, other=0.0).to(tl.float32)
             d_tile = (d_tile.to(tl.float32) * factor[None, :]).to(dy.dtype.element_ty)
         u_tile = tl.load(
-            u + c.to(tl.int64)[:, None] * rank + r[None, :],
+            u_block + (tl.arange(0, BN)[:, None] * rank + r[None, :]),
             mask=(c < channels)[:, None] & (r < rank)[None, :],
             other=0.0,
         )

@@ -92,12 +92,11 @@ def backward_kernel(
         )
         tl.store(partial + program.to(tl.int64) * rank + r, total, mask=r < rank)
     if weighted is not None:
-        out = g * tl.load(s + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
+        if s is not None:
+            g = g * tl.load(s + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
         w_start, rows = rows_of(first_pixel, plane, width, weighted_strides, UNIFORM, BM)
         ok = rows_ok[:, None] & (r < rank)[None, :]
-        tl.store(
-            weighted + w_start + tile_offsets(rows, r, weighted_strides), out.to(weighted.dtype.element_ty), mask=ok
-        )
+        tl.store(weighted + w_start + tile_offsets(rows, r, weighted_strides), g.to(weighted.dtype.element_ty), mask=ok)
 
 
 def forward(
@@ -119,9 +118,17 @@ def forward(
 
 
 def backward(
-    dy: Tensor, layer: Layer, kept: Kept, out: Gradients, weighted: Tensor | None, config: Config, precision: str
+    dy: Tensor,
+    layer: Layer,
+    s: Tensor | None,
+    kept: Kept,
+    out: Gradients,
+    weighted: Tensor | None,
+    config: Config,
+    precision: str,
 ) -> None:
-    """Fills `out` and, where dx is needed, weighted = s ⊙ g [N, R, Ho, Wo], from dy [N, Co, Ho, Wo] of any strides."""
+    """Fills `out` and, where dx is needed, weighted = s ⊙ g [N, R, Ho, Wo] (g where s is None), from dy
+    [N, Co, Ho, Wo] of any strides."""
     batch, channels, height, width = dy.shape
     pixels, rank = batch * height * width, layer.u.shape[1]
     is_int8 = kept.z_scale.numel() > 0
@@ -131,7 +138,7 @@ def backward(
     )  # fmt: skip
     uniform = is_uniform((batch, height, width), max(rank, channels), strides)
     backward_kernel[(blocks(pixels, config.BM) * blocks(rank, config.BR),)](
-        dy, kept.mask if kept.mask.numel() else None, layer.u, layer.scale, layer.s,
+        dy, kept.mask if kept.mask.numel() else None, layer.u, layer.scale, s,
         None if is_int8 else kept.z, kept.z if is_int8 else None, kept.z_scale if is_int8 else None,
         out.d, weighted, out.partial,
         pixels, height * width, width, rank, channels,

@@ -3,6 +3,7 @@ and a file, no kernel."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -18,9 +19,15 @@ _MARGIN = 0.98
 def cache_folder() -> Path:
     """Where choices are kept: SVF_FAST_CACHE_DIR, or svf_fast under the user's cache folder."""
     given = os.environ.get("SVF_FAST_CACHE_DIR")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svf_fast"
+    try:
+        return (
+            Path(given).expanduser()
+            if given
+            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svf_fast"
+        )
+    except RuntimeError:
+        # a user without a home, as in some containers: remembered for this process
+        return Path(tempfile.mkdtemp(prefix="svf_fast_"))
 
 
 class Chooser:
@@ -54,8 +61,17 @@ class Chooser:
                 self._known[key] = choice
         return choice
 
-    def choose(self, key: Hashable, ways: Mapping[str, Callable[[], object]], baseline: str) -> str:
-        """The fastest of `ways`; `baseline` unless another is faster."""
+    def choose(
+        self, key: Hashable, ways: Mapping[str, Callable[[], object]], baseline: str, *, is_lasting: bool = True
+    ) -> str:
+        """The fastest of `ways`; `baseline` unless another is faster. Only what `is_lasting` goes to disk."""
+        best = self._fastest(ways, baseline) if len(ways) > 1 else baseline
+        self._known[key] = best
+        if is_lasting:
+            self._write(repr(key), best)
+        return best
+
+    def _fastest(self, ways: Mapping[str, Callable[[], object]], baseline: str) -> str:
         best, best_seconds = baseline, statistics.median(self._measure(ways[baseline])) * _MARGIN
         for name, way in ways.items():
             if name == baseline:
@@ -66,8 +82,6 @@ class Chooser:
                 continue
             if seconds < best_seconds:
                 best, best_seconds = name, seconds
-        self._known[key] = best
-        self._write(repr(key), best)
         return best
 
     def _read(self) -> dict[str, str]:
@@ -86,10 +100,14 @@ class Chooser:
     def _write(self, key: str, choice: str) -> None:
         # what other processes wrote meanwhile is kept
         self._stored = {**self._read(), key: choice}
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".part", delete=False) as file:
-                json.dump({"environment": self._environment, "choices": self._stored}, file, indent=1)
-            os.replace(file.name, self.path)
+            temporary.write_text(
+                json.dumps({"environment": self._environment, "choices": self._stored}, indent=1), encoding="utf-8"
+            )
+            os.replace(temporary, self.path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             warnings.warn(f"{self.path} cannot be written ({error}): ways are measured anew next time", stacklevel=2)

@@ -47,7 +47,9 @@ def max_cosine_backward(
             dvalue[b], query[b].flatten(1), rows, weight, slot, eps, dquery[b].flatten(1) if need_query else None
         )
         if need_support:
-            dsupport[b].index_copy_(0, positions.long(), drows if weight is None else drows * weight.unsqueeze(1))
+            # weighted before it is rounded: in half precision what the weight cancels may be infinite
+            drows = drows if weight is None else drows * weight.unsqueeze(1)
+            dsupport[b].index_copy_(0, positions.long(), drows.to(dsupport.dtype))
     if need_support:
         dsupport = dsupport.view(batch, height, width, channels).permute(0, 3, 1, 2)
     return dquery, dsupport
@@ -112,7 +114,7 @@ def _backward_one(
             dq[:, part] = (ddot.unsqueeze(1) * a_won + q_unit.unsqueeze(1) * columns).mT.to(dq.dtype)
         _add_rows(drows, winner, ddot.unsqueeze(1) * columns)
         _add_rows(dnorm, winner, dn * q_norm)
-    return (drows + dnorm.unsqueeze(1) * a_unit).to(rows.dtype)
+    return drows + dnorm.unsqueeze(1) * a_unit
 
 
 def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:

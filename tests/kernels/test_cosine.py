@@ -116,3 +116,10 @@ def test_backward_from_the_rows_that_won_or_the_whole_support(is_gathered: bool)
     assert_close(
         {"dquery": dquery, "dsupport": dsupport}, {"dquery": q.grad, "dsupport": a.grad}, torch.float32
     )  # fmt: skip
+
+
+def test_the_result_may_be_written_to() -> None:
+    query, support = (features(1, 4, 3, 3, seed=n, dtype=torch.float32).to(DEVICE) for n in (25, 26))
+    value = max_cosine(query.requires_grad_(), support)
+    value.mul_(2).sum().backward()
+    assert query.grad is not None

@@ -22,7 +22,7 @@ def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "all equal to their references" in done.stdout
     (found,) = json.loads((tmp_path / "device_suite_rehearsal.json").read_text(encoding="utf-8"))["rows"]
-    assert set(found) == {"checks", "layers", "steps", "prior"}
+    assert set(found) == {"checks", "layers", "steps", "prior", "choices"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -104,3 +104,23 @@ def test_where_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "svf_fast"
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container started with a bare user id."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SVF_FAST_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    some, ways = chooser({"plain": 3.0, "fused": 1.0})
+    assert some.choose(KEY, ways, "plain") == "fused"
+
+
+def test_what_does_not_last_is_not_written() -> None:
+    some, ways = chooser({"plain": 3.0, "fused": 1.0})
+    assert some.choose(KEY, ways, "plain", is_lasting=False) == "fused"
+    assert some.known(KEY) == "fused"
+    assert chooser({})[0].known(KEY) is None

@@ -115,6 +115,14 @@ def test_float16_features_of_ordinary_size_do_not_overflow() -> None:
     assert torch.allclose(value.float(), torch.ones(1, 16), atol=1e-2)
 
 
+def test_float16_gradient_of_a_masked_position_is_zero() -> None:
+    """1 / eps is beyond 65504: what a weight of 0 cancels must not be rounded to infinity before."""
+    query, support = (features(1, 8, 3, 3, seed=n, dtype=torch.float16).requires_grad_() for n in (28, 29))
+    max_cosine(query, support, mask=torch.zeros(1, 1, 3, 3).half()).sum().backward()
+    assert support.grad is not None
+    assert support.grad.eq(0).all()
+
+
 @pytest.mark.parametrize("kind", ["none", "soft", "binary"])
 def test_gradcheck(kind: str) -> None:
     query, support = (features(2, 3, 2, 3, seed=n).requires_grad_() for n in (10, 11))
