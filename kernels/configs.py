@@ -36,7 +36,7 @@ def back_to_back_backward(rank: int, precision: str) -> list[Config]:
     if rank > LARGEST_RANK or precision == "tf32x3":
         return []
     if precision == "tf32":
-        return [Config(64, 32, 32, BR, 8, 2)]
+        return [Config(64, 32, 32 if BR > 128 else 64, BR, 8, 2)]
     if BR > 128:
         return [Config(64, 64, 64, BR, 8, 3)]
     return [Config(64, 64, 64, BR, 4, 3), Config(128, 64, 64, BR, 8, 3)]
