@@ -92,7 +92,7 @@ def jobs(types: list[str], keeps: list[str]) -> Iterator[Job]:
                 is_roomy = keep == "exact" and stride == 1
                 offers = {
                     "fused": configs.back_to_back_forward(rank, products, keep == "int8", is_roomy),
-                    "fused backward": configs.back_to_back_backward(rank, products),
+                    "fused backward": configs.back_to_back_backward(rank, products, stride > 1),
                     "project": configs.projection_forward(products),
                     "project backward": configs.projection_backward(rank, products),
                 }

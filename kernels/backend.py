@@ -428,7 +428,8 @@ def backward_ways(dy: Tensor, layer: Layer, memory_format: torch.memory_format, 
     rank, products = layer.v.shape[0], convolution_precision(dy.dtype)
     ways = [*(Way("project", config) for config in configs.projection_backward(rank, products)), *ways]
     if layer.is_pointwise and needs.dx:
-        ways = [*(Way("fused", config) for config in configs.back_to_back_backward(rank, products)), *ways]
+        offers = configs.back_to_back_backward(rank, products, layer.geometry.stride != (1, 1))
+        ways = [*(Way("fused", config) for config in offers), *ways]
     return ways
 
 

@@ -30,10 +30,11 @@ def back_to_back_forward(rank: int, precision: str, is_int8: bool, is_roomy: boo
     return [Config(64, 64, 64, BR, 4, 3), Config(128, 64, 64, BR, 8, 3)]
 
 
-def back_to_back_backward(rank: int, precision: str) -> list[Config]:
-    """Offers for back_to_back.backward, the one to take unmeasured first; none where the rank does not fit."""
+def back_to_back_backward(rank: int, precision: str, is_strided: bool) -> list[Config]:
+    """Offers for back_to_back.backward, the one to take unmeasured first; none where the rank does not fit, nor what addresses
+    every other pixel (`is_strided`) beside it."""
     BR = rank_tile(rank)
-    if rank > LARGEST_RANK or precision == "tf32x3":
+    if rank > LARGEST_RANK or precision == "tf32x3" or (precision == "tf32" and BR > 128 and is_strided):
         return []
     if precision == "tf32":
         return [Config(64, 32, 32 if BR > 128 else 64, BR, 8, 2)]

@@ -93,7 +93,7 @@ def test_every_forward_configuration(
 BACKWARD_OFFERS = [
     (save, precision, "fused", config)
     for save, precision, rank in product(("exact", "int8"), ("ieee", "tf32"), (100, 200))
-    for config in configs.back_to_back_backward(rank, precision)
+    for config in configs.back_to_back_backward(rank, precision, False)
 ]
 BACKWARD_OFFERS += [
     (save, precision, "project", config)

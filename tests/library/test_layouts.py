@@ -39,6 +39,8 @@ def test_wide_padding_without_a_graph(layout: torch.memory_format) -> None:
 def test_grey_pictures_whose_strides_read_as_either_format(channels: tuple[int, int], threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    # one singular value's gradient is one sum of either sign: drawn anew each time, it may cancel
+    torch.manual_seed(2)
     try:
         for x_layout, dy_layout in product(LAYOUTS, LAYOUTS):
             layer = SVFConv2d.from_conv(nn.Conv2d(*channels, 1, bias=False))
