@@ -80,36 +80,34 @@ def first_offer(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Wa
 class Measured:
     """The fastest way of each key as a Chooser finds it, of those whose results agree with the plain composition's.
 
-    Nothing is measured while a CUDA graph is captured, and nothing measured is used under torch.use_deterministic_algorithms:
-    what is not known then takes the first offer. (Inside torch.compile the op is opaque: it measures on its first run.)
+    Under torch.use_deterministic_algorithms nothing is timed: the first offer that agrees, the same in every run. While a CUDA
+    graph is captured nothing can be compiled or compared: shapes met there first take the plain composition. (Inside
+    torch.compile the op is opaque, and its first run measures.)
     """
 
     def __init__(self, chooser: Chooser) -> None:
         self._chooser = chooser
-        self._ways: dict[Hashable, Way] = {}
+        # by whether algorithms have to be deterministic: two roundings of one sum are both right, but not the same
+        self._ways: dict[bool, dict[Hashable, Way]] = {False: {}, True: {}}
         self._undecided: dict[Hashable, int] = {}
 
     def __call__(self, key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], Results]) -> Way:
-        # two roundings of one sum are both right, but only one of them is the same in every run
-        if torch.are_deterministic_algorithms_enabled():
-            return first_offer(key, offer, run)
-        way = self._ways.get(key)
+        is_fixed = torch.are_deterministic_algorithms_enabled()
+        way = self._ways[is_fixed].get(key)
         if way is not None:
             return way
-        ways = offer()
-        by_name = {str(way): way for way in (*ways, COMPOSED)}
-        name = self._chooser.known(key)
+        by_name = {str(way): way for way in (*offer(), COMPOSED)}
+        name = None if is_fixed else self._chooser.known(key)
         if name not in by_name:
-            if _is_capturing():
-                return ways[0]
-            name = self._decide(key, by_name, run)
+            name = None if _is_capturing() else self._decide(key, by_name, run, is_fixed)
             if name is None:
                 return COMPOSED
-        self._ways[key] = by_name[name]
+        self._ways[is_fixed][key] = by_name[name]
         return by_name[name]
 
-    def _decide(self, key: Hashable, ways: dict[str, Way], run: Callable[[Way], Results]) -> str | None:
-        """The name of the fastest of the ways that agree with stock operations; None where nothing can be compared yet."""
+    def _decide(self, key: Hashable, ways: dict[str, Way], run: Callable[[Way], Results], is_fixed: bool) -> str | None:
+        """The name of the fastest, or when `is_fixed` the first, of the ways that agree with stock operations; None where nothing
+        can be compared yet."""
         stock = str(COMPOSED)
         expected = _tensors(run(COMPOSED))
         if not all(t.isfinite().all() for t in expected if t.is_floating_point()):
@@ -120,7 +118,9 @@ class Measured:
         agreeing = {stock: partial(run, COMPOSED)}
         for name, way in ways.items():
             try:
-                if way != COMPOSED and _agrees(key, way, _tensors(run(way)), expected):
+                if way == COMPOSED or _agrees(key, way, _tensors(run(way)), expected):
+                    if is_fixed:
+                        return name
                     agreeing[name] = partial(run, way)
             except torch.OutOfMemoryError:
                 # there may be room for it another day

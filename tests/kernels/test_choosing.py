@@ -69,16 +69,29 @@ def test_a_new_process_measures_nothing_again(measured: list[Any], in_triton: Ca
 
 
 @pytest.mark.parametrize("why", ["deterministic", "captured"])
-def test_a_fixed_choice_where_nothing_may_be_measured(
+def test_a_fixed_choice_where_nothing_may_be_timed(
     why: str, measured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first offer that agrees; during capture, where nothing can be compared either, the plain composition."""
     if why == "captured":
         monkeypatch.setattr(triton_backend, "_is_capturing", lambda: True)
     else:
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    taken: list[Way] = []
+    stock = TritonBackend.run_forward
+
+    def watch(self: TritonBackend, way: Way, *arguments: Any) -> Any:
+        taken.append(way)
+        return stock(self, way, *arguments)
+
+    monkeypatch.setattr(TritonBackend, "run_forward", watch)
     first, second = run(), run()
     assert measured == []
     assert all(torch.equal(first[k], second[k]) for k in first)
+    # compared once: stock operations, the first offer, and that again for its result
+    assert [way.path for way in taken] == (
+        ["composed"] * 2 if why == "captured" else ["composed", "project", "project", "project"]
+    )
 
 
 def test_a_choice_on_record_that_is_no_longer_on_offer_is_made_anew(measured: list[Any]) -> None:
