@@ -94,7 +94,8 @@ def check_way(device: str, task: Task, cases: tuple[Case, ...] = CASES) -> dict[
 
 def _forced(task: Task, taken: set[str]) -> Any:
     """A Triton backend that takes the task's offer, else stock operations, and notes in `taken` what it took."""
-    from svf_fast.kernels.backend import COMPOSED, TritonBackend, Way
+    from svf_fast.kernels.backend import TritonBackend
+    from svf_fast.kernels.ways import COMPOSED, Way
 
     def pick(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
         offers = [way for way in offer() if way.path == task.path][task.offer : task.offer + 1]

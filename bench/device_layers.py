@@ -160,7 +160,9 @@ def _detached(form: Callable[[], Tensor]) -> Tensor:
 
 def compile_ways(shape: LayerShape, dtype: torch.dtype, tf32: bool, device: str) -> None:
     """Runs everything on offer for a layer once on a small picture, so that Triton's cache on disk holds it."""
-    from svf_fast.kernels.backend import COMPOSED, UNFIT, TritonBackend, Way
+    from svf_fast.kernels.backend import TritonBackend
+    from svf_fast.kernels.measured import UNFIT
+    from svf_fast.kernels.ways import COMPOSED, Way
 
     def pick(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
         for way in offer():

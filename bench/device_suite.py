@@ -243,7 +243,8 @@ def _use_the_interpreter() -> None:
 
     if not interpreter.load():
         raise SystemExit("--rehearse needs Triton, and nothing may have imported it before")
-    from svf_fast.kernels.backend import TritonBackend, first_offer
+    from svf_fast.kernels.backend import TritonBackend
+    from svf_fast.kernels.ways import first_offer
 
     backend = TritonBackend(first_offer)
     backends.register("triton", lambda: backend, lambda device: None)

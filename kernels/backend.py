@@ -1,36 +1,23 @@
-"""The `triton` backend: which kernels run for a layer. Several exact ways are offered for each shape; the fastest is found by
-measurement on first use and remembered, and the plain composition is taken where nothing beats it.
-
-fused      both matrix products of a pointwise layer in one kernel (rank ≤ 256)
-project    the vendor's V-convolution or data gradient, the projection with everything around it in one kernel
-epilogue   the vendor's convolution and matrix product, everything element-wise in one kernel behind them
-merged     the vendor's convolution with U diag(s) Vᵀ multiplied out, where no z has to be kept: orthogonal factors make this the
-           cheaper order where V is square
-composed   stock operations alone (the `torch` backend)"""
+"""The `triton` backend: the contract computed in the way that is picked for each shape (ways.py has what is on offer)."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from svf_fast.backends import composed_cosine
 from svf_fast.backends.composed import ComposedBackend, data_gradient_of, v_convolution
 from svf_fast.bits import packed_bytes
 from svf_fast.choice import Chooser
 from svf_fast.contract import Geometry, Kept, Layer, Needs, dense, fold_left
-from svf_fast.kernels import back_to_back, configs, cosine, elementwise, projection
+from svf_fast.kernels import back_to_back, cosine, elementwise, projection
 from svf_fast.kernels.launch import (
-    Config,
     Gradients,
     Outputs,
     blocks,
@@ -40,134 +27,18 @@ from svf_fast.kernels.launch import (
     product_precision,
     strides_of,
 )
+from svf_fast.kernels.measured import UNFIT, Measured, device_seconds
+from svf_fast.kernels.ways import (
+    COMPOSED,
+    Pick,
+    Way,
+    backward_ways,
+    cosine_ways,
+    forward_ways,
+    projection_ways,
+)
 from svf_fast.quantize import GROUP_PIXELS
 from svf_fast.vendor import convolve, empty, pointwise
-
-# What does not compile, or does not fit, on a device is left out there.
-# (Triton's passes and the driver raise RuntimeError.)
-UNFIT = (OutOfResources, PTXASError, triton.CompilationError, RuntimeError)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Way(NamedTuple):
-    """One exact way to compute a layer's forward or backward, and the tiles of its kernel."""
-
-    path: str
-    config: Config | None = None
-
-    def __str__(self) -> str:
-        return self.path if self.config is None else f"{self.path} {'x'.join(map(str, self.config))}"
-
-
-COMPOSED = Way("composed")
-# What forward, backward or projection return.
-Results = tuple[Tensor | Kept, ...]
-# Largest difference between two exact ways, relative to the result, by how they multiply: several times the rounding, and far
-# below what a wrong index does. int8's levels may differ by one in 127.
-_AGREEMENT = {"ieee": 3e-2, "tf32": 1e-2, "tf32x3": 1e-4}
-_INT8_AGREEMENT = 3e-2
-# Runs with results that are not finite after which stock operations are settled for.
-_PATIENCE = 3
-# Decides for a key which of the ways on offer to take; the last argument runs one.
-Pick = Callable[[Hashable, Callable[[], list[Way]], Callable[[Way], Any]], Way]
-
-
-def first_offer(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
-    """The choice without measuring, the same in every run."""
-    return offer()[0]
-
-
-class Measured:
-    """The fastest way of each key as a Chooser finds it, of those whose results agree with the plain composition's.
-
-    Under torch.use_deterministic_algorithms nothing is timed: the first offer that agrees, the same in every run. While a CUDA
-    graph is captured nothing can be compiled or compared: shapes met there first take the plain composition. (Inside
-    torch.compile the op is opaque, and its first run measures.)
-    """
-
-    def __init__(self, chooser: Chooser) -> None:
-        self._chooser = chooser
-        # by whether algorithms have to be deterministic: two roundings of one sum are both right, but not the same
-        self._ways: dict[bool, dict[Hashable, Way]] = {False: {}, True: {}}
-        self._undecided: dict[Hashable, int] = {}
-
-    def __call__(self, key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], Results]) -> Way:
-        is_fixed = torch.are_deterministic_algorithms_enabled()
-        way = self._ways[is_fixed].get(key)
-        if way is not None:
-            return way
-        by_name = {str(way): way for way in (*offer(), COMPOSED)}
-        name = None if is_fixed else self._chooser.known(key)
-        if name not in by_name:
-            name = None if _is_capturing() else self._decide(key, by_name, run, is_fixed)
-            if name is None:
-                return COMPOSED
-        self._ways[is_fixed][key] = by_name[name]
-        return by_name[name]
-
-    def _decide(self, key: Hashable, ways: dict[str, Way], run: Callable[[Way], Results], is_fixed: bool) -> str | None:
-        """The name of the fastest, or when `is_fixed` the first, of the ways that agree with stock operations; None where nothing
-        can be compared yet."""
-        stock = str(COMPOSED)
-        expected = _tensors(run(COMPOSED))
-        if not all(t.isfinite().all() for t in expected if t.is_floating_point()):
-            # decided another time, though not every time: some networks are never finite
-            self._undecided[key] = self._undecided.get(key, 0) + 1
-            return None if self._undecided[key] < _PATIENCE else stock
-        is_lasting = True
-        agreeing = {stock: partial(run, COMPOSED)}
-        for name, way in ways.items():
-            try:
-                if way == COMPOSED or _agrees(key, way, _tensors(run(way)), expected):
-                    if is_fixed:
-                        return name
-                    agreeing[name] = partial(run, way)
-            except torch.OutOfMemoryError:
-                # there may be room for it another day
-                is_lasting = False
-            except UNFIT as error:
-                _warn(key, way, f"cannot run here ({type(error).__name__}: {str(error).splitlines()[0]})")
-        return self._chooser.choose(key, agreeing, stock, is_lasting=is_lasting)
-
-
-def _agrees(key: Hashable, way: Way, found: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether the results of `way` are those expected, to rounding."""
-    for result, reference in zip(found, expected, strict=True):
-        limit = (
-            _INT8_AGREEMENT if reference.dtype == torch.int8 else _AGREEMENT[convolution_precision(expected[0].dtype)]
-        )
-        if reference.dtype == torch.int32:
-            # winners of a max: among equals any may be named
-            continue
-        if result.shape != reference.shape or result.dtype != reference.dtype:
-            difference = torch.inf
-        elif reference.dtype == torch.uint8:
-            # the mask of the y beside it, bit for bit: rounding may decide other signs than in `expected`
-            difference = float((result != elementwise.pack(found[0])).any()) if reference.numel() else 0.0
-        else:
-            difference = max(_ratio(result.float() - reference, reference.float(), order) for order in (2.0, torch.inf))
-        # NaN compares false
-        if not difference <= limit:
-            _warn(key, way, f"differs from stock operations by {difference:.1e}")
-            return False
-    return True
-
-
-def _warn(key: Hashable, way: Way, what: str) -> None:
-    warnings.warn(f"svf_fast: the kernel {way} {what} and is not used for {key}", stacklevel=2)
-
-
-def _ratio(difference: Tensor, reference: Tensor, order: float) -> float:
-    """‖difference‖ / ‖reference‖: of order 2 for what is wrong everywhere, of the largest elements for what is wrong in a few."""
-    if difference.numel() == 0:
-        return 0.0
-    off, size = (float(torch.linalg.vector_norm(t, order)) for t in (difference, reference))
-    return (off / size if size else torch.inf) if off else 0.0
-
-
-def _tensors(results: Results) -> list[Tensor]:
-    """The tensors of a forward's, projection's or backward's results."""
-    return [t for part in results for t in ([part] if isinstance(part, Tensor) else part)]
 
 
 class TritonBackend:
@@ -387,67 +258,9 @@ class TritonBackend:
         return dx, ds, d if needs.d else nothing
 
 
-def forward_ways(x: Tensor, layer: Layer, keep_z: str, memory_format: torch.memory_format) -> list[Way]:
-    """What is offered for a forward; the first is taken where nothing may be measured."""
-    ways = projection_ways(x, layer, memory_format)
-    if ways == [COMPOSED] or layer.geometry.groups > 1:
-        return ways
-    if keep_z not in ("exact", "int8"):
-        ways.append(Way("merged"))
-    if layer.is_pointwise and memory_format is torch.channels_last:
-        is_roomy = keep_z == "exact" and layer.geometry.stride == (1, 1)
-        offers = configs.back_to_back_forward(
-            layer.v.shape[0], convolution_precision(x.dtype), keep_z == "int8", is_roomy
-        )
-        ways = [*(Way("fused", config) for config in offers), *ways]
-    return ways
-
-
-def projection_ways(z: Tensor, layer: Layer, memory_format: torch.memory_format) -> list[Way]:
-    """What is offered from z on."""
-    if not _takes(z):
-        return [COMPOSED]
-    ways = [Way("epilogue")]
-    if memory_format is not torch.channels_last:
-        # pixel by pixel a contiguous picture is read slowly, and kernels that can do it spill
-        return [COMPOSED, *ways]
-    if layer.geometry.groups == 1:
-        ways = [Way("project", c) for c in configs.projection_forward(convolution_precision(z.dtype))] + ways
-    return ways
-
-
-def backward_ways(dy: Tensor, layer: Layer, memory_format: torch.memory_format, needs: Needs) -> list[Way]:
-    """What is offered for a backward; the first is taken where nothing may be measured."""
-    if not _takes(dy):
-        return [COMPOSED]
-    ways = [Way("epilogue")]
-    if memory_format is not torch.channels_last:
-        return [COMPOSED, *ways]
-    if layer.geometry.groups > 1 or not (needs.dx or needs.ds):
-        return ways
-    rank, products = layer.v.shape[0], convolution_precision(dy.dtype)
-    ways = [*(Way("project", config) for config in configs.projection_backward(rank, products)), *ways]
-    if layer.is_pointwise and needs.dx:
-        offers = configs.back_to_back_backward(rank, products, layer.geometry.stride != (1, 1))
-        ways = [*(Way("fused", config) for config in offers), *ways]
-    return ways
-
-
-def cosine_ways(query: Tensor) -> list[Way]:
-    """What is offered for the prior; the first is taken where nothing may be measured."""
-    # pictures are counted on a grid axis of 16 bits
-    is_taken = query.dtype in _DTYPES and len(query) < 2**16
-    return [Way("streamed"), COMPOSED] if is_taken else [COMPOSED]
-
-
 def _cosine_key(what: str, query: Tensor, support: Tensor, *about: Hashable) -> Hashable:
     shapes = (tuple(query.shape), query.stride(), tuple(support.shape), support.stride())
     return (what, str(query.dtype), *shapes, product_precision(query.dtype), *about)
-
-
-def _takes(t: Tensor) -> bool:
-    """Whether the kernels compute with tensors like t [N, C, H, W]: pixels are numbered in 32 bits."""
-    return t.dtype in _DTYPES and t.numel() > 0 and t.numel() // t.shape[1] < 2**31 - 4096
 
 
 def _key(what: str, t: Tensor, layer: Layer, memory_format: torch.memory_format, *about: Hashable) -> Hashable:
@@ -510,29 +323,6 @@ def _kept(out: Outputs, keep_mask: bool) -> Kept:
     return Kept(out.y.new_empty(0) if z is None else z, no_scale, mask)
 
 
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-# Device cycles to wait, some milliseconds: longer than launching ten runs takes.
-_HEAD_START = 8_000_000
-
-
-def _seconds(way: Callable[[], object]) -> list[float]:
-    """Seconds of ten runs on the current CUDA device, after three that compile and warm up."""
-    for _ in range(3):
-        way()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
-    # all runs are queued before the first begins: time on the device is compared, not time to launch
-    torch.cuda._sleep(_HEAD_START)
-    marks[0].record()
-    for mark in marks[1:]:
-        way()
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
-
-
 def make() -> TritonBackend:
     """The backend of this process's CUDA devices, which are taken to be alike."""
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -540,4 +330,4 @@ def make() -> TritonBackend:
         f"{torch.cuda.get_device_name()} torch {torch.__version__} cudnn {torch.backends.cudnn.version()} "
         f"triton {triton.__version__} kernels {hashlib.sha256(sources).hexdigest()[:12]}"
     )
-    return TritonBackend(Measured(Chooser(environment, _seconds, UNFIT)))
+    return TritonBackend(Measured(Chooser(environment, device_seconds, UNFIT)))

@@ -18,8 +18,10 @@ from ways import on_device
 
 from svf_fast import functional
 from svf_fast.choice import Chooser
-from svf_fast.kernels import backend as triton_backend
-from svf_fast.kernels.backend import COMPOSED, Measured, TritonBackend, Way, first_offer
+from svf_fast.kernels import measured as measuring
+from svf_fast.kernels.backend import TritonBackend
+from svf_fast.kernels.measured import Measured
+from svf_fast.kernels.ways import COMPOSED, Way, first_offer
 
 CASE = ConvCase(channels=(24, 32), kernel=(1, 1), padding=(0, 0))
 
@@ -74,7 +76,7 @@ def test_a_fixed_choice_where_nothing_may_be_timed(
 ) -> None:
     """The first offer that agrees; during capture, where nothing can be compared either, the plain composition."""
     if why == "captured":
-        monkeypatch.setattr(triton_backend, "_is_capturing", lambda: True)
+        monkeypatch.setattr(measuring, "_is_capturing", lambda: True)
     else:
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     taken: list[Way] = []

@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 
 from svf_fast.functional import max_cosine
 from svf_fast.kernels import cosine
-from svf_fast.kernels.backend import TritonBackend, first_offer
+from svf_fast.kernels.backend import TritonBackend
+from svf_fast.kernels.ways import first_offer
 from svf_fast.reference import max_cosine_matrix
 
 

@@ -23,7 +23,7 @@ from ways import Forced, on_device, path
 import svf_fast
 from svf_fast import functional
 from svf_fast.kernels import configs
-from svf_fast.kernels.backend import Way
+from svf_fast.kernels.ways import Way
 from svf_fast.quantize import GROUP_PIXELS
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -279,7 +279,8 @@ def test_the_same_bits_run_to_run(in_triton: Callable[[Any], Any]) -> None:
 
 def test_what_the_kernels_do_not_take_is_composed(in_triton: Callable[[Any], Any]) -> None:
     """float64, an empty batch, groups: the same results through the plain composition."""
-    from svf_fast.kernels.backend import TritonBackend, first_offer
+    from svf_fast.kernels.backend import TritonBackend
+    from svf_fast.kernels.ways import first_offer
 
     with in_triton(TritonBackend(first_offer)):
         for save in SAVES:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from conv_cases import Problem
 
-from svf_fast.kernels.backend import COMPOSED, TritonBackend, Way
+from svf_fast.kernels.backend import TritonBackend
+from svf_fast.kernels.ways import COMPOSED, Way
 
 
 class Forced:
