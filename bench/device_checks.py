@@ -14,13 +14,12 @@ from torch import Tensor
 import svf_fast
 from svf_fast import backends, functional, reference
 from svf_fast.bench.clock import CudaClock, set_tf32
-from svf_fast.bench.equality import Case, ratio
+from svf_fast.bench.equality import INT8_DS_LIMIT, Case, ratio
 from svf_fast.cosine import max_cosine_op
 from svf_fast.decompose import decompose
 
 # ‖out − ref‖ / ‖ref‖ that each dtype may have; the second for TF32. int8 z adds to ds.
 LIMITS = {torch.float32: (1e-5, 2e-3), torch.bfloat16: (1e-2, 1e-2), torch.float16: (1e-2, 1e-2)}
-INT8_DS_LIMIT = 1.5e-2
 # Beside its limit, an error may be this many times that of stock operations in the same dtype.
 _TIMES_STOCK = {"y": 2.0, "dx": 3.0, "ds": 3.0, "dresidual": 3.0}
 

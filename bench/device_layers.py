@@ -18,7 +18,8 @@ import svf_fast
 from svf_fast import backends, functional, reference
 from svf_fast.bench import clock as clocks
 from svf_fast.bench.clock import Clock, interleaved
-from svf_fast.bench.device_checks import INT8_DS_LIMIT, worst_ratio
+from svf_fast.bench.device_checks import worst_ratio
+from svf_fast.bench.equality import INT8_DS_LIMIT
 from svf_fast.bench.layers import LayerShape
 
 # y, dx and ds of a layer at full size, in the dtype that is timed; the residual's gradient is exact

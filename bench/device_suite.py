@@ -1,7 +1,7 @@
 """The one entry for a machine with a GPU, under nine minutes: versions, correctness of every kernel against float64, then layer
-by layer, whole steps, peak memory and the prior; JSON after every part, so that nothing is lost when time runs out.
+by layer, whole steps, peak memory and the prior; JSON after every row, so that nothing is lost when time runs out.
 
-python bench/device_suite.py [--out DIR] [--parts checks layers steps prior] [--rehearse]
+python bench/device_suite.py [--out DIR] [--parts prior checks layers steps] [--rehearse]
 
 --rehearse runs every part on the CPU with tiny sizes through Triton's interpreter: it shows that the suite runs, and times
 nothing. Exit status 1 where something is not equal to its reference, 3 without a CUDA device."""
@@ -24,7 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # fresh caches: nothing compiled or chosen by another version is used; workers inherit them
 for _name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "SVF_FAST_CACHE_DIR"):
-    os.environ.setdefault(_name, tempfile.mkdtemp(prefix="device_suite_"))
+    if _name not in os.environ:
+        os.environ[_name] = tempfile.mkdtemp(prefix="device_suite_")
 
 import torch
 

@@ -59,3 +59,13 @@ def kept_z(
     else:
         ok = rows_ok[:, None] & (r < rank)[None, :]
         return tl.load(z + start + tile_offsets(rows, r, z_strides), mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_partial(
+    partial, program, g, z, q, q_scale, first_pixel, rows_ok, r, plane, width, rank, pixels, z_strides,
+    UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """Σ z ⊙ g over this program's pixels, its row of `partial` [programs, R]."""
+    tile = kept_z(z, q, q_scale, first_pixel, rows_ok, r, plane, width, rank, pixels, z_strides, UNIFORM)
+    tl.store(partial + program.to(tl.int64) * rank + r, tl.sum(tile * g, 0), mask=r < rank)

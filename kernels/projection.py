@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.contract import Kept, Layer
-from svf_fast.kernels.gradient import kept_z, projected_gradient
+from svf_fast.kernels.gradient import projected_gradient, store_partial
 from svf_fast.kernels.launch import PICTURE_SIZES, Config, Gradients, Outputs, blocks, has_words, is_uniform, strides_of
 from svf_fast.kernels.tiles import finish, rows_of, store_bits, store_quantized, tile_offsets
 
@@ -87,10 +87,9 @@ def backward_kernel(
         WORDS, PRECISION, UNIFORM, BN,
     )  # fmt: skip
     if partial is not None:
-        total = tl.sum(
-            kept_z(z, q, q_scale, first_pixel, rows_ok, r, plane, width, rank, pixels, z_strides, UNIFORM) * g, 0
-        )
-        tl.store(partial + program.to(tl.int64) * rank + r, total, mask=r < rank)
+        store_partial(
+            partial, program, g, z, q, q_scale, first_pixel, rows_ok, r, plane, width, rank, pixels, z_strides, UNIFORM
+        )  # fmt: skip
     if weighted is not None:
         if s is not None:
             g = g * tl.load(s + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
