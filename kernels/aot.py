@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from svf_fast.backends.kernel_set import Config, Gradients, Outputs, dense_strides, precision
 from svf_fast.contract import Geometry, Kept, Layer
-from svf_fast.kernels.configs import Config
 
 # Bytes of shared memory that one block may have.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -81,7 +81,6 @@ _ELEMENTWISE = ("epilogue", "quantize", "pack", "keep", "cosine backward")
 def jobs(types: list[str], keeps: list[str]) -> Iterator[Job]:
     """Every configuration on offer for the layers of ResNet-50, in every type and way to keep z."""
     from svf_fast.kernels import configs
-    from svf_fast.kernels.launch import precision
 
     for name in types:
         products = precision(*TYPES[name])
@@ -112,7 +111,6 @@ def jobs(types: list[str], keeps: list[str]) -> Iterator[Job]:
 def _launch(job: Job) -> None:
     """Calls the launcher of `job` on tensors of its layer's shape."""
     from svf_fast.kernels import back_to_back, cosine, elementwise, projection
-    from svf_fast.kernels.launch import Gradients, Outputs, dense_strides, precision
 
     dtype, tf32 = TYPES[job.type]
     products = precision(dtype, tf32)

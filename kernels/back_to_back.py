@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svf_fast.backends.kernel_set import Config, Gradients, Outputs, blocks, strides_of
 from svf_fast.contract import Kept, Layer
 from svf_fast.kernels.gradient import projected_gradient, store_partial
-from svf_fast.kernels.launch import PICTURE_SIZES, Config, Gradients, Outputs, blocks, has_words, is_uniform, strides_of
+from svf_fast.kernels.launch import PICTURE_SIZES, has_words, is_uniform
 from svf_fast.kernels.tiles import finish, rows_of, store_bits, store_quantized, tile_offsets
 
 

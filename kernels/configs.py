@@ -1,9 +1,9 @@
 """The tile configurations that are offered for each kernel, by how it multiplies ("ieee" for half precisions, "tf32", "tf32x3";
-launch.precision) and the rank. All are compiled ahead of time (aot.py): none spills, all fit on compute capability 8.0 and up."""
+kernel_set.precision) and the rank. All are compiled ahead of time (aot.py): none spills, all fit on compute capability 8.0 and up."""
 
 from __future__ import annotations
 
-from svf_fast.kernels.launch import Config
+from svf_fast.backends.kernel_set import Config
 
 # The largest rank whose z tile stays on the chip.
 LARGEST_RANK = 256

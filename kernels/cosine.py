@@ -16,12 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svf_fast.backends.kernel_set import blocks, product_precision
+from svf_fast.backends.streamed_cosine import rows, search, won
 from svf_fast.contract import memory_format_of
 from svf_fast.kernels.configs import COSINE, COSINE_BACKWARD
-from svf_fast.kernels.launch import blocks, product_precision
-
-# Programs to aim at, some for each multiprocessor: few query positions are made up for by splitting the support.
-_PROGRAMS = 512
 
 
 @triton.jit(do_not_specialize=("queries", "supports", "per_split"))
@@ -167,23 +165,14 @@ def max_cosine(query: Tensor, support: Tensor, mask: Tensor | None, eps: float) 
     equals."""
     products = product_precision(query.dtype)
     config = COSINE[products]
-    q, a = (_rows(t) for t in (query, support))
-    batch, channels, queries = q.shape
-    supports = a.shape[2]
-    tiles = blocks(queries, config.BM)
-    per_split = blocks(blocks(supports, max(1, _PROGRAMS // (tiles * batch))), config.BN) * config.BN
-    splits = blocks(supports, per_split)
-    best = torch.empty(batch, splits, queries, dtype=torch.float32, device=q.device)
-    winner = torch.empty(batch, splits, queries, dtype=torch.int32, device=q.device)
-    norms = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float32) for t in (q, a)]
-    forward_kernel[(tiles, splits, batch)](
-        q, a, None if mask is None else mask.flatten(1).contiguous(), *norms, best, winner, eps,
-        channels, queries, supports, per_split, _strides(q), _strides(a),
+    task = search(query, support, mask, config.BM, config.BN)
+    batch, channels, queries = task.query.shape
+    forward_kernel[(blocks(queries, config.BM), task.best.shape[1], batch)](
+        task.query, task.support, task.weight, task.query_norm, task.support_norm, task.best, task.winner, eps,
+        channels, queries, task.support.shape[2], task.per_split, _strides(task.query), _strides(task.support),
         products, config.BM, config.BN, config.BK, **config.options(),
     )  # fmt: skip
-    value, split = best.max(1)
-    # fresh tensors: a view as an op's output could not be modified in place by users
-    return value.to(q.dtype), torch.take_along_dim(winner, split[:, None], 1).squeeze(1).clone()
+    return task.results(query.dtype)
 
 
 def max_cosine_backward(
@@ -193,21 +182,9 @@ def max_cosine_backward(
     """dquery and dsupport (empty where not needed) of `max_cosine`."""
     batch, channels, height, width = size
     supports, queries = height * width, winners.shape[1]
-    q = _rows(query)
+    q = rows(query)
     weight = None if mask is None else mask.flatten(1).contiguous()
-    # the queries of each support position behind one another: from first_of[i] to first_of[i + 1] in `order`
-    by_position, order = winners.sort(dim=1, stable=True)
-    positions = torch.arange(supports + 1, dtype=winners.dtype, device=winners.device).repeat(batch, 1)
-    first_of = torch.searchsorted(by_position, positions)
-    if is_gathered:
-        # rows that won, picture after picture, positions ascending
-        has_won = (first_of.diff(dim=1) > 0).flatten()
-        row_of, channel_stride = (has_won.cumsum(0) - 1).view(batch, supports) * source.stride(0), source.stride(1)
-    else:
-        source = _rows(source)
-        pictures = torch.arange(batch, device=source.device).unsqueeze(1) * source.stride(0)
-        row_of = pictures + torch.arange(supports, device=source.device) * source.stride(2)
-        channel_stride = source.stride(1)
+    order, first_of, source, row_of, channel_stride = won(winners, source, size, is_gathered)
     coefficients = torch.empty(batch, queries, 3, dtype=torch.float32, device=q.device)
     dquery = torch.empty_like(query, memory_format=memory_format_of(query)) if need_query else None
     config = COSINE_BACKWARD
@@ -225,12 +202,6 @@ def max_cosine_backward(
         channels, queries, supports, _strides(q), channel_stride, config.BM, config.BK, **config.options(),
     )  # fmt: skip
     return nothing if dquery is None else dquery, dsupport.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def _rows(features: Tensor) -> Tensor:
-    """[B, C, H, W] as [B, C, H·W] with channels adjacent: a copy is small beside what reads it many times."""
-    flat = features.flatten(2)
-    return flat if flat.stride(1) == 1 else flat.mT.contiguous().mT
 
 
 def _strides(t: Tensor) -> tuple[int, int, int]:

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svf_fast.backends.kernel_set import Outputs, blocks, strides_of
 from svf_fast.bits import packed_bytes
 from svf_fast.contract import Layer, dense_view
-from svf_fast.kernels.launch import PICTURE_SIZES, Outputs, blocks, is_uniform, strides_of
+from svf_fast.kernels.launch import PICTURE_SIZES, is_uniform
 from svf_fast.kernels.tiles import finish, rows_of, store_bits, store_quantized, tile_offsets
 
 # Memory-bound: enough for every thread to hold a few 16-byte accesses.

@@ -1,4 +1,4 @@
-"""How the Triton backend decides: what is on offer, the order of preference, and what happens where nothing may be measured."""
+"""How a backend over kernels decides: what is on offer, the order of preference, and what happens where nothing may be measured."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import torch
 from conv_cases import CASES, EXTRAS, ConvCase, make_problem
 from device import DEVICE
 from error_ratio import assert_close
-
-pytest.importorskip("triton")
-
 from ways import on_device
 
 from svf_fast import functional
+from svf_fast.backends import measured as measuring
+from svf_fast.backends.by_ways import WaysBackend
+from svf_fast.backends.kernel_set import KernelSet
+from svf_fast.backends.measured import Measured
+from svf_fast.backends.ways import COMPOSED, Way, first_offer
 from svf_fast.choice import Chooser
-from svf_fast.kernels import measured as measuring
-from svf_fast.kernels.backend import TritonBackend
-from svf_fast.kernels.measured import Measured
-from svf_fast.kernels.ways import COMPOSED, Way, first_offer
 
 CASE = ConvCase(channels=(24, 32), kernel=(1, 1), padding=(0, 0))
 
@@ -32,7 +30,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def measured(in_triton: Callable[[Any], Any]) -> Iterator[list[Any]]:
+def measured(kernels: KernelSet, within: Callable[[Any], Any]) -> Iterator[list[Any]]:
     """Ways are measured by a clock that favours the third that it is given; the runs it has timed."""
     timed: list[Any] = []
 
@@ -40,7 +38,7 @@ def measured(in_triton: Callable[[Any], Any]) -> Iterator[list[Any]]:
         timed.append(way())
         return [1.0 if len(timed) % 3 else 0.5]
 
-    with in_triton(TritonBackend(Measured(Chooser("a test", clock)))):
+    with within(WaysBackend(kernels, Measured(Chooser("a test", clock)))):
         yield timed
 
 
@@ -60,19 +58,21 @@ def test_measured_once_for_each_shape(measured: list[Any]) -> None:
     assert len(measured) > count
 
 
-def test_a_new_process_measures_nothing_again(measured: list[Any], in_triton: Callable[[Any], Any]) -> None:
+def test_a_new_process_measures_nothing_again(
+    measured: list[Any], kernels: KernelSet, within: Callable[[Any], Any]
+) -> None:
     run()
 
     def refuse(way: Callable[[], object]) -> list[float]:
         raise AssertionError("measured although the choice is on disk")
 
-    with in_triton(TritonBackend(Measured(Chooser("a test", refuse)))):
+    with within(WaysBackend(kernels, Measured(Chooser("a test", refuse)))):
         run()
 
 
 @pytest.mark.parametrize("why", ["deterministic", "captured"])
 def test_a_fixed_choice_where_nothing_may_be_timed(
-    why: str, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+    why: str, kernels: KernelSet, measured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first offer that agrees; during capture, where nothing can be compared either, the plain composition."""
     if why == "captured":
@@ -80,20 +80,19 @@ def test_a_fixed_choice_where_nothing_may_be_timed(
     else:
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     taken: list[Way] = []
-    stock = TritonBackend.run_forward
+    stock = WaysBackend.run_forward
 
-    def watch(self: TritonBackend, way: Way, *arguments: Any) -> Any:
+    def watch(self: WaysBackend, way: Way, *arguments: Any) -> Any:
         taken.append(way)
         return stock(self, way, *arguments)
 
-    monkeypatch.setattr(TritonBackend, "run_forward", watch)
+    monkeypatch.setattr(WaysBackend, "run_forward", watch)
     first, second = run(), run()
     assert measured == []
     assert all(torch.equal(first[k], second[k]) for k in first)
     # compared once: stock operations, the first offer, and that again for its result
-    assert [way.path for way in taken] == (
-        ["composed"] * 2 if why == "captured" else ["composed", "project", "project", "project"]
-    )
+    offered = "project" if kernels.name == "triton" else "fused"
+    assert [way.path for way in taken] == (["composed"] * 2 if why == "captured" else ["composed", *[offered] * 3])
 
 
 def test_a_choice_on_record_that_is_no_longer_on_offer_is_made_anew(measured: list[Any]) -> None:
@@ -108,15 +107,15 @@ def test_a_way_that_computes_something_else_is_never_taken(
     measured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that a device runs wrongly costs speed and a warning, not a result."""
-    stock = TritonBackend.run_forward
+    stock = WaysBackend.run_forward
 
-    def wrong(self: TritonBackend, way: Way, *arguments: Any) -> Any:
+    def wrong(self: WaysBackend, way: Way, *arguments: Any) -> Any:
         y, kept = stock(self, way, *arguments)
         if way.path in ("fused", "project"):
             y[0, 0] += y.max() / 4
         return y, kept
 
-    monkeypatch.setattr(TritonBackend, "run_forward", wrong)
+    monkeypatch.setattr(WaysBackend, "run_forward", wrong)
     problem = on_device(make_problem(CASE, torch.float32, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
     with pytest.warns(UserWarning, match="differs from stock operations by .* and is not used"):
         out = problem.run()
@@ -128,14 +127,14 @@ def test_a_way_that_cannot_run_is_left_out(
     error: Exception, measured: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """For good where it does not compile; for this process alone where memory was short."""
-    stock = TritonBackend.run_forward
+    stock = WaysBackend.run_forward
 
-    def fail(self: TritonBackend, way: Way, *arguments: Any) -> Any:
+    def fail(self: WaysBackend, way: Way, *arguments: Any) -> Any:
         if way.path == "fused":
             raise error
         return stock(self, way, *arguments)
 
-    monkeypatch.setattr(TritonBackend, "run_forward", fail)
+    monkeypatch.setattr(WaysBackend, "run_forward", fail)
     problem = on_device(make_problem(CASE, torch.bfloat16, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
     if isinstance(error, torch.OutOfMemoryError):
         problem.run()
@@ -153,7 +152,7 @@ def test_nothing_is_decided_from_what_is_not_finite(measured: list[Any]) -> None
     assert measured == []
 
 
-def test_what_is_on_offer() -> None:
+def test_what_is_on_offer(kernels: KernelSet) -> None:
     def paths(case: ConvCase, dtype: torch.dtype, save: str, layout: torch.memory_format) -> list[str]:
         seen: list[list[Way]] = []
 
@@ -165,14 +164,15 @@ def test_what_is_on_offer() -> None:
 
         problem = make_problem(case, dtype, {}, memory_format=layout)
         layer = Layer(problem.v, problem.s, problem.u, None, None, Geometry(groups=case.groups))
-        TritonBackend(pick).forward(problem.x, layer, None, save, False, layout)
+        WaysBackend(kernels, pick).forward(problem.x, layer, None, save, False, layout)
         return list(dict.fromkeys(way.path for way in seen[0]))
 
     last, first = torch.channels_last, torch.contiguous_format
     half, full = torch.bfloat16, torch.float32
     assert paths(CASE, half, "exact", last) == ["fused", "project", "epilogue"]
-    # three products of one tile do not fit on the chip beside z
-    assert paths(CASE, full, "exact", last) == ["project", "epilogue"]
+    # Triton's three products of one tile do not fit on the chip beside z
+    is_triton = kernels.name == "triton"
+    assert paths(CASE, full, "exact", last) == ["fused", "project", "epilogue"][is_triton:]
     assert paths(CASE, half, "input", last) == ["fused", "project", "epilogue", "merged"]
     # contiguous pictures and what the kernels do not take: stock operations first
     assert paths(CASE, half, "exact", first) == ["composed", "epilogue"]
@@ -181,7 +181,7 @@ def test_what_is_on_offer() -> None:
     assert paths(ConvCase(channels=(300, 300), kernel=(1, 1), padding=(0, 0)), half, "exact", last)[0] == "project"
 
 
-def test_compiled_and_captured_code_sees_one_op(in_triton: Callable[[Any], Any]) -> None:
+def test_compiled_and_captured_code_sees_one_op(kernels: KernelSet, within: Callable[[Any], Any]) -> None:
     """torch.compile traces the op through its fake kernel, int8's scales included, and runs the kernels inside it."""
     problem = on_device(make_problem(CASE, torch.float32, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
 
@@ -190,7 +190,7 @@ def test_compiled_and_captured_code_sees_one_op(in_triton: Callable[[Any], Any])
             x, problem.v, s, problem.u, residual=problem.residual, **problem.vectors, **problem.keywords, save="int8"
         )
 
-    with in_triton(TritonBackend(first_offer)):
+    with within(WaysBackend(kernels, first_offer)):
         results = []
         for form in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
             x, s = problem.x.detach().clone().requires_grad_(), problem.s.detach().clone().requires_grad_()

@@ -13,18 +13,17 @@ from error_ratio import assert_close
 from test_max_cosine import LAYOUTS, MASKS, features, make_mask, run
 from torch import Tensor
 
-pytest.importorskip("triton")
-
+from svf_fast.backends import streamed_cosine
+from svf_fast.backends.by_ways import WaysBackend
+from svf_fast.backends.kernel_set import KernelSet
+from svf_fast.backends.ways import first_offer
 from svf_fast.functional import max_cosine
-from svf_fast.kernels import cosine
-from svf_fast.kernels.backend import TritonBackend
-from svf_fast.kernels.ways import first_offer
 from svf_fast.reference import max_cosine_matrix
 
 
 @pytest.fixture(autouse=True)
-def _triton(in_triton: Callable[[Any], Any]) -> Any:
-    with in_triton(TritonBackend(first_offer)):
+def _kernels(kernels: KernelSet, within: Callable[[Any], Any]) -> Any:
+    with within(WaysBackend(kernels, first_offer)):
         yield
 
 
@@ -54,7 +53,7 @@ def test_equal_to_the_matrix_form(dtype: torch.dtype, shape: tuple[int, ...], ki
 def test_layouts_splits_and_slices(layouts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The support divided among several programs, and inputs cut out of larger tensors."""
     for programs, batch in ((1, 2), (512, 1)):
-        monkeypatch.setattr(cosine, "_PROGRAMS", programs)
+        monkeypatch.setattr(streamed_cosine, "_PROGRAMS", programs)
         query = features(batch + 1, 20, 9, 11, seed=2, dtype=torch.float32).contiguous(memory_format=layouts[0])
         support = features(batch, 22, 14, 13, seed=3, dtype=torch.float32).contiguous(memory_format=layouts[1])
         mask = make_mask("binary", batch, 7, 13)
@@ -87,18 +86,18 @@ def test_zero_features_and_what_is_not_a_number() -> None:
     assert torch.equal(value.isnan().cpu(), max_cosine_matrix(query, support).isnan())
 
 
-def test_the_first_of_equals_wins_and_bits_repeat() -> None:
+def test_the_first_of_equals_wins_and_bits_repeat(kernels: KernelSet) -> None:
     # whole numbers: their products are summed without rounding, in any order
     query = (4 * features(1, 16, 9, 9, seed=20, dtype=torch.float32)).round().to(DEVICE)
     support = (4 * features(1, 16, 1, 1, seed=21, dtype=torch.float32)).round().to(DEVICE).expand(1, 16, 10, 10)
-    _, winner = cosine.max_cosine(query, support, None, 1e-7)
+    _, winner = kernels.cosine.max_cosine(query, support, None, 1e-7)
     assert winner.eq(0).all()
     first, second = (run(max_cosine, query, support.clone(), None) for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.mark.parametrize("is_gathered", [True, False])
-def test_backward_from_the_rows_that_won_or_the_whole_support(is_gathered: bool) -> None:
+def test_backward_from_the_rows_that_won_or_the_whole_support(is_gathered: bool, kernels: KernelSet) -> None:
     """What a captured graph keeps, and what eager mode keeps, give the same gradients."""
     from svf_fast.cosine import _winning_rows
 
@@ -106,10 +105,10 @@ def test_backward_from_the_rows_that_won_or_the_whole_support(is_gathered: bool)
     mask = make_mask("soft", 2, 7, 6)
     assert mask is not None
     mask = mask.float().to(DEVICE)
-    _, winners = cosine.max_cosine(query, support, mask, 1e-7)
+    _, winners = kernels.cosine.max_cosine(query, support, mask, 1e-7)
     source = _winning_rows(support, winners) if is_gathered else support
     dvalue = features(2, 42, seed=24, dtype=torch.float32).to(DEVICE)
-    dquery, dsupport = cosine.max_cosine_backward(
+    dquery, dsupport = kernels.cosine.max_cosine_backward(
         dvalue, query, source, winners, mask, 1e-7, support.shape, is_gathered, True, True
     )
     q, a = (t.double().requires_grad_() for t in (query, support))

@@ -15,15 +15,15 @@ from conv_cases import CASES, EXTRAS, ConvCase, Problem, make_problem
 from device import DEVICE
 from error_ratio import INT8_DS_TOLERANCE, TOLERANCE, assert_close, error_ratio
 from torch import Tensor
-
-pytest.importorskip("triton")
-
 from ways import Forced, on_device, path
 
 import svf_fast
 from svf_fast import functional
+from svf_fast.backends import cuda_kernels
+from svf_fast.backends.by_ways import WaysBackend
+from svf_fast.backends.kernel_set import KernelSet
+from svf_fast.backends.ways import Way, first_offer
 from svf_fast.kernels import configs
-from svf_fast.kernels.ways import Way
 from svf_fast.quantize import GROUP_PIXELS
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -50,7 +50,7 @@ def check(problem: Problem, save: str, dtype: torch.dtype, tolerance: float | No
 
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_each_way_on_each_geometry(case: ConvCase, name: str, in_triton: Callable[[Any], Any]) -> None:
+def test_each_way_on_each_geometry(case: ConvCase, name: str, kernels: KernelSet, within: Callable[[Any], Any]) -> None:
     """Layouts, save modes, dtypes and what surrounds the layer take turns, another phase for each geometry."""
     turn = CASES.index(case)
     dtypes = cycle((torch.float32, torch.bfloat16, torch.float16))
@@ -64,89 +64,104 @@ def test_each_way_on_each_geometry(case: ConvCase, name: str, in_triton: Callabl
     for layout, save in combinations:
         dtype = next(dtypes)
         problem = on_device(make_problem(case, dtype, next(extras), memory_format=layout, seed=turn), DEVICE)
-        with in_triton(path(name)):
+        with within(path(kernels, name)):
             out = check(problem, save, dtype)
         assert out["y"].is_contiguous(memory_format=layout)
         assert out["dx"].is_contiguous(memory_format=layout)
 
 
-OFFERS = [
-    (save, precision, "fused", config)
-    for save, precision, rank in product(("exact", "int8"), ("ieee", "tf32"), (100, 200))
-    for config in configs.back_to_back_forward(rank, precision, save == "int8", save == "exact")
+SAVED = ("exact", "int8")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+RANKS = (100, 200)
+OFFERS = {"triton": configs, "cuda": cuda_kernels.Offers(has_wgmma=True)}
+FORWARD_OFFERS = [
+    (kernels, save, precision, "fused", config)
+    for (kernels, offers), save, precision, rank in product(OFFERS.items(), SAVED, PRECISIONS, RANKS)
+    for config in offers.back_to_back_forward(rank, precision, save == "int8", save == "exact")
 ]
-OFFERS += [
-    (save, precision, "project", config)
-    for save, precision in product(("exact", "int8"), ("ieee", "tf32", "tf32x3"))
-    for config in configs.projection_forward(precision)
+FORWARD_OFFERS += [
+    (kernels, save, precision, "project", config)
+    for (kernels, offers), save, precision in product(OFFERS.items(), SAVED, PRECISIONS)
+    for config in offers.projection_forward(precision)
 ]
-
-
-@pytest.mark.parametrize(("save", "precision", "name", "config"), OFFERS, ids=str)
-def test_every_forward_configuration(
-    save: str, precision: str, name: str, config: Any, in_triton: Callable[[Any], Any]
-) -> None:  # fmt: skip
-    """Several tiles each way, none of them whole; mask words where channels come in multiples of 32."""
-    _check_configuration(save, precision, name, config, in_triton)
-
-
 BACKWARD_OFFERS = [
-    (save, precision, "fused", config)
-    for save, precision, rank in product(("exact", "int8"), ("ieee", "tf32"), (100, 200))
-    for config in configs.back_to_back_backward(rank, precision, False)
+    (kernels, save, precision, name, config)
+    for (kernels, offers), save, precision, rank in product(OFFERS.items(), SAVED, PRECISIONS, RANKS)
+    for name, found in (
+        ("fused", offers.back_to_back_backward(rank, precision, False)),
+        ("project", offers.projection_backward(rank, precision)),
+    )
+    for config in found
 ]
-BACKWARD_OFFERS += [
-    (save, precision, "project", config)
-    for save, precision, rank in product(("exact", "int8"), ("ieee", "tf32", "tf32x3"), (100, 200))
-    for config in configs.projection_backward(rank, precision)
-]
+CONFIGURATION = ("kernels", "save", "precision", "name", "config")
 
 
-@pytest.mark.parametrize(("save", "precision", "name", "config"), list(dict.fromkeys(BACKWARD_OFFERS)), ids=str)
-def test_every_backward_configuration(
-    save: str, precision: str, name: str, config: Any, in_triton: Callable[[Any], Any]
+@pytest.mark.parametrize(CONFIGURATION, list(dict.fromkeys(FORWARD_OFFERS)), ids=str, indirect=["kernels"])
+def test_every_forward_configuration(
+    kernels: KernelSet, save: str, precision: str, name: str, config: Any, within: Callable[[Any], Any]
 ) -> None:  # fmt: skip
-    _check_configuration(save, precision, name, config, in_triton)
+    """Several tiles each way, none of them whole; masks beside products where channels come in whole words."""
+    _check_configuration(kernels, save, precision, name, config, within)
+
+
+@pytest.mark.parametrize(CONFIGURATION, list(dict.fromkeys(BACKWARD_OFFERS)), ids=str, indirect=["kernels"])
+def test_every_backward_configuration(
+    kernels: KernelSet, save: str, precision: str, name: str, config: Any, within: Callable[[Any], Any]
+) -> None:  # fmt: skip
+    _check_configuration(kernels, save, precision, name, config, within)
 
 
 def _check_configuration(
-    save: str, precision: str, name: str, config: Any, in_triton: Callable[[Any], Any]
+    kernels: KernelSet, save: str, precision: str, name: str, config: Any, within: Callable[[Any], Any]
 ) -> None:  # fmt: skip
     # conftest puts it back
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     dtype = torch.bfloat16 if precision == "ieee" else torch.float32
     rank = 200 if config.BR > 128 else 100
-    wanted = Forced(lambda way: way == Way(name, config))
-    for channels in ((rank, 160), (135, rank)):
+    wanted = Forced(kernels, lambda way: way == Way(name, config))
+    # more blocks of columns than a ring has slots, where that does not take minutes
+    wide = 352 if kernels.name == "cuda" else 160
+    for channels in ((rank, wide), (135, rank)):
         case = ConvCase(
             batch=2, channels=channels, kernel=(1, 1), padding=(0, 0), size=(9, 11), rank=min(rank, *channels)
         )
         problem = on_device(make_problem(case, dtype, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
-        with in_triton(wanted.backend):
+        with within(wanted.backend):
             check(problem, save, dtype, TF32_TOLERANCE if precision == "tf32" else None)
     assert wanted.taken
 
 
 @pytest.mark.parametrize("name", ["fused", "project"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sliced_and_expanded_inputs(name: str, dtype: torch.dtype, in_triton: Callable[[Any], Any]) -> None:
-    """Read where they are: x and the residual sliced out of larger tensors, dy one value expanded, then transposed."""
-    case = ConvCase(channels=(40, 32), kernel=(1, 1), padding=(0, 0), size=(9, 7))
-    for layout in LAYOUTS:
+def test_sliced_and_expanded_inputs(
+    name: str, dtype: torch.dtype, kernels: KernelSet, within: Callable[[Any], Any]
+) -> None:
+    """Read where they are: x, the residual and dy sliced out of larger tensors, at multiples of 16 bytes and not, dy one value
+    expanded, then transposed."""
+    case = ConvCase(channels=(36, 32), kernel=(1, 1), padding=(0, 0), size=(9, 7))
+
+    def cut(t: Tensor, before: int, layout: torch.memory_format) -> Tensor:
+        channels = t.shape[1]
+        after = -channels % 8 if before % 8 == 0 else 1
+        # before 8: channels alone are cut off, and pixels stay equally far apart
+        size = (9, 7) if before == 8 else (12, 17)
+        large = torch.randn(3, before + channels + after, *size).to(dtype).contiguous(memory_format=layout)
+        cut_out = large[1:, before : before + channels]
+        return cut_out if before == 8 else cut_out[:, :, 2:11, 1:15:2]
+
+    for layout, before in ((LAYOUTS[0], 2), (LAYOUTS[1], 2), (LAYOUTS[1], 8), (LAYOUTS[1], 16)):
         problem = make_problem(case, dtype, EXTRAS[5], memory_format=layout)
         assert problem.residual is not None
-        for field in ("x", "residual"):
-            t = getattr(problem, field)
-            large = torch.randn(3, t.shape[1] + 3, 12, 17).to(dtype).contiguous(memory_format=layout)
-            setattr(problem, field, large[1:, 2:-1, 2:11, 1:15:2])
-        for dy in (torch.ones((), dtype=dtype).expand(problem.dy.shape), problem.dy.mT.contiguous().mT):
+        problem.x, problem.residual = (cut(t, before, layout) for t in (problem.x, problem.residual))
+        other = problem.dy.mT.contiguous().mT if before == 2 else torch.ones((), dtype=dtype).expand(problem.dy.shape)
+        for dy in (other, cut(problem.dy, before, layout)):
             problem.dy = dy
-            with in_triton(path(name)):
+            with within(path(kernels, name)):
                 check(on_device(problem, DEVICE), "exact", dtype)
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_factors_and_vectors_of_any_strides(name: str, in_triton: Callable[[Any], Any]) -> None:
+def test_factors_and_vectors_of_any_strides(name: str, kernels: KernelSet, within: Callable[[Any], Any]) -> None:
     """Transposed factors, as a QR or SVD returns them, and every second value of a vector."""
     for case in (CASES[1], ConvCase(channels=(8, 8))):
         problem = make_problem(case, torch.float32, EXTRAS[5], memory_format=torch.channels_last)
@@ -154,17 +169,17 @@ def test_factors_and_vectors_of_any_strides(name: str, in_triton: Callable[[Any]
         problem.s = problem.s.repeat_interleave(2)[::2]
         problem.vectors = {n: t.repeat_interleave(2)[::2] for n, t in problem.vectors.items()}
         for save in ("exact", "recompute"):
-            with in_triton(path(name)):
+            with within(path(kernels, name)):
                 check(on_device(problem, DEVICE), save, torch.float32)
 
 
 @pytest.mark.parametrize("save", SAVES)
-def test_only_what_is_asked_for(save: str, in_triton: Callable[[Any], Any]) -> None:
+def test_only_what_is_asked_for(save: str, kernels: KernelSet, within: Callable[[Any], Any]) -> None:
     """Each subset of x, s and residual: the same gradients as when all are asked for, and none else."""
     case = ConvCase(channels=(24, 32), kernel=(1, 1), padding=(0, 0))
     problem = on_device(make_problem(case, torch.float32, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
     for name in ("fused", "project"):
-        with in_triton(path(name)):
+        with within(path(kernels, name)):
             full = problem.run(save)
             for asked in product((True, False), repeat=3):
                 if not any(asked):
@@ -185,12 +200,12 @@ def test_only_what_is_asked_for(save: str, in_triton: Callable[[Any], Any]) -> N
                         assert torch.allclose(t.grad, full[gradient], rtol=1e-4, atol=1e-4)
 
 
-def test_the_relu_stops_what_is_not_finite(in_triton: Callable[[Any], Any]) -> None:
+def test_the_relu_stops_what_is_not_finite(kernels: KernelSet, within: Callable[[Any], Any]) -> None:
     """Zero where the ReLU was closed even under an infinite or NaN dy; NaN in x reaches y."""
     case = ConvCase(channels=(24, 32), kernel=(1, 1), padding=(0, 0))
     for name in ("fused", "project"):
         problem = on_device(make_problem(case, torch.float32, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
-        with in_triton(path(name)):
+        with within(path(kernels, name)):
             closed = problem.run()["y"] == 0
             problem.dy = torch.where(closed, torch.full_like(problem.dy, float("inf")), problem.dy)
             out = problem.run()
@@ -202,23 +217,23 @@ def test_the_relu_stops_what_is_not_finite(in_triton: Callable[[Any], Any]) -> N
 @pytest.mark.parametrize("name", ["fused", "project", "epilogue"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_int8_z_of_one_backend_is_read_by_the_other(
-    dtype: torch.dtype, name: str, in_triton: Callable[[Any], Any]
+    dtype: torch.dtype, name: str, kernels: KernelSet, within: Callable[[Any], Any]
 ) -> None:
     """Forward in one backend and backward in the other: one scale a channel for all pixels here, for each 64 pixels in N·H·W
     order there."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     case = ConvCase(channels=(40, 32), kernel=(1, 1), padding=(0, 0), size=(9, 11))
-    for layout, is_triton_first in product(LAYOUTS, (True, False)):
+    for layout, is_ours_first in product(LAYOUTS, (True, False)):
         problem = on_device(make_problem(case, dtype, EXTRAS[5], memory_format=layout), DEVICE)
         s = problem.s.detach().requires_grad_()
-        with in_triton(path(name)) if is_triton_first else svf_fast.backend("torch"):
+        with within(path(kernels, name)) if is_ours_first else svf_fast.backend("torch"):
             y = functional.svf_conv2d(
                 problem.x, problem.v, s, problem.u, residual=problem.residual, **problem.vectors, **problem.keywords,
                 save="int8",
             )  # fmt: skip
-            groups = -(-2 * 9 * 11 // GROUP_PIXELS) if is_triton_first else 1
+            groups = -(-2 * 9 * 11 // GROUP_PIXELS) if is_ours_first else 1
             assert (groups, 32) in [tuple(t.shape) for t in y.grad_fn.saved_tensors if t is not None]
-        with svf_fast.backend("torch") if is_triton_first else in_triton(path(name)):
+        with svf_fast.backend("torch") if is_ours_first else within(path(kernels, name)):
             y.backward(problem.dy)
         assert s.grad is not None
         expected = problem.reference(y.detach())["ds"]
@@ -226,7 +241,9 @@ def test_int8_z_of_one_backend_is_read_by_the_other(
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_float16_overflows_no_sooner_than_stock_operations(name: str, in_triton: Callable[[Any], Any]) -> None:
+def test_float16_overflows_no_sooner_than_stock_operations(
+    name: str, kernels: KernelSet, within: Callable[[Any], Any]
+) -> None:
     """Singular values of hundreds between factors of hundredths: s ⊙ z and s ⊙ g are beyond 65504, y and dx are not."""
     x, v = torch.full((1, 16, 4, 4), 160.0), torch.full((16, 16, 1, 1), 0.25)
     u, scale = torch.full((32, 16), 0.01), torch.full((32,), 1e-3)
@@ -236,7 +253,7 @@ def test_float16_overflows_no_sooner_than_stock_operations(name: str, in_triton:
         t.half().contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t.half() for t in (x, v, u, dy)
     )
     found = []
-    for context in (nullcontext(), in_triton(path(name))):
+    for context in (nullcontext(), within(path(kernels, name))):
         with context:
             inputs = x.to(DEVICE).requires_grad_(), torch.full((16,), 200.0, device=DEVICE, requires_grad=True)
             y = functional.svf_conv2d(inputs[0], v.to(DEVICE), inputs[1], u.to(DEVICE), scale=scale.to(DEVICE), **layer)
@@ -249,7 +266,7 @@ def test_float16_overflows_no_sooner_than_stock_operations(name: str, in_triton:
 
 
 @pytest.mark.parametrize("name", ["fused", "project"])
-def test_a_chain_rebuilds_its_layers_in_backward(name: str, in_triton: Callable[[Any], Any]) -> None:
+def test_a_chain_rebuilds_its_layers_in_backward(name: str, kernels: KernelSet, within: Callable[[Any], Any]) -> None:
     """save="recompute" on a bottleneck of modules: the same gradients as with every z kept."""
     from networks import Bottleneck  # type: ignore[attr-defined]
 
@@ -260,7 +277,7 @@ def test_a_chain_rebuilds_its_layers_in_backward(name: str, in_triton: Callable[
         converted = svf_fast.convert(copy.deepcopy(block), save=save).to(DEVICE)
         x = torch.randn(1, 64, 7, 6, generator=torch.Generator().manual_seed(1)).to(DEVICE)
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-        with in_triton(path(name)):
+        with within(path(kernels, name)):
             y = converted(x)
             gradients = torch.autograd.grad(y.square().sum(), [x, *svf_fast.singular_values(converted).values()])
         results.append([y.detach(), *gradients])
@@ -268,21 +285,18 @@ def test_a_chain_rebuilds_its_layers_in_backward(name: str, in_triton: Callable[
         assert error_ratio(a, b) < 1e-5
 
 
-def test_the_same_bits_run_to_run(in_triton: Callable[[Any], Any]) -> None:
+def test_the_same_bits_run_to_run(kernels: KernelSet, within: Callable[[Any], Any]) -> None:
     case = ConvCase(channels=(40, 32), kernel=(1, 1), padding=(0, 0), size=(9, 11))
     problem = on_device(make_problem(case, torch.bfloat16, EXTRAS[5], memory_format=torch.channels_last), DEVICE)
     for name, save in product(("fused", "project"), SAVES):
-        with in_triton(path(name)):
+        with within(path(kernels, name)):
             first, second = problem.run(save), problem.run(save)
         assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_what_the_kernels_do_not_take_is_composed(in_triton: Callable[[Any], Any]) -> None:
+def test_what_the_kernels_do_not_take_is_composed(kernels: KernelSet, within: Callable[[Any], Any]) -> None:
     """float64, an empty batch, groups: the same results through the plain composition."""
-    from svf_fast.kernels.backend import TritonBackend
-    from svf_fast.kernels.ways import first_offer
-
-    with in_triton(TritonBackend(first_offer)):
+    with within(WaysBackend(kernels, first_offer)):
         for save in SAVES:
             problem = on_device(make_problem(ConvCase(), torch.float64, EXTRAS[5], memory_format=LAYOUTS[1]), DEVICE)
             check(problem, save, torch.float64)

@@ -1,4 +1,4 @@
-"""A Triton backend that takes the way it is told, and problems on the device that the kernels run on."""
+"""A backend that takes the way it is told, and problems on the device that the kernels run on."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from conv_cases import Problem
 
-from svf_fast.kernels.backend import TritonBackend
-from svf_fast.kernels.ways import COMPOSED, Way
+from svf_fast.backends.by_ways import WaysBackend
+from svf_fast.backends.kernel_set import KernelSet
+from svf_fast.backends.ways import COMPOSED, Way
 
 
 class Forced:
     """Picks the first offer that `wants` says yes to, else the plain composition; `taken` lists the offers taken."""
 
-    def __init__(self, wants: Callable[[Way], bool]) -> None:
+    def __init__(self, kernels: KernelSet, wants: Callable[[Way], bool]) -> None:
         self._wants = wants
         self.taken: list[Way] = []
-        self.backend = TritonBackend(self.pick)
+        self.backend = WaysBackend(kernels, self.pick)
 
     def pick(self, key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
         """The wanted way, or COMPOSED."""
@@ -30,9 +31,9 @@ class Forced:
         return COMPOSED
 
 
-def path(name: str) -> TritonBackend:
+def path(kernels: KernelSet, name: str) -> WaysBackend:
     """The backend that takes the first offer of a path."""
-    return Forced(lambda way: way.path == name).backend
+    return Forced(kernels, lambda way: way.path == name).backend
 
 
 def on_device(problem: Problem, device: str) -> Problem:

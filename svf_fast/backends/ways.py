@@ -1,4 +1,5 @@
-"""The exact ways to compute a layer, and which are on offer for a shape; the first is taken where nothing may be timed.
+"""The exact ways to compute a layer with a set of fused kernels, and which are on offer for a shape; the first is taken where
+nothing may be timed.
 
 fused      both matrix products of a pointwise layer in one kernel (rank ≤ 256)
 project    the vendor's V-convolution or data gradient, the projection with everything around it in one kernel
@@ -16,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from svf_fast.backends.kernel_set import Config, Offers, convolution_precision
 from svf_fast.contract import Kept, Layer, Needs
-from svf_fast.kernels import configs
-from svf_fast.kernels.launch import Config, convolution_precision
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,23 +45,23 @@ def first_offer(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Wa
     return offer()[0]
 
 
-def forward_ways(x: Tensor, layer: Layer, keep_z: str, memory_format: torch.memory_format) -> list[Way]:
+def forward_ways(offers: Offers, x: Tensor, layer: Layer, keep_z: str, memory_format: torch.memory_format) -> list[Way]:
     """What is offered for a forward; the first is taken where nothing may be measured."""
-    ways = projection_ways(x, layer, memory_format)
+    ways = projection_ways(offers, x, layer, memory_format)
     if ways == [COMPOSED] or layer.geometry.groups > 1:
         return ways
     if keep_z not in ("exact", "int8"):
         ways.append(Way("merged"))
     if layer.is_pointwise and memory_format is torch.channels_last:
         is_roomy = keep_z == "exact" and layer.geometry.stride == (1, 1)
-        offers = configs.back_to_back_forward(
+        fused = offers.back_to_back_forward(
             layer.v.shape[0], convolution_precision(x.dtype), keep_z == "int8", is_roomy
         )
-        ways = [*(Way("fused", config) for config in offers), *ways]
+        ways = [*(Way("fused", config) for config in fused), *ways]
     return ways
 
 
-def projection_ways(z: Tensor, layer: Layer, memory_format: torch.memory_format) -> list[Way]:
+def projection_ways(offers: Offers, z: Tensor, layer: Layer, memory_format: torch.memory_format) -> list[Way]:
     """What is offered from z on."""
     if not _takes(z):
         return [COMPOSED]
@@ -70,11 +70,13 @@ def projection_ways(z: Tensor, layer: Layer, memory_format: torch.memory_format)
         # pixel by pixel a contiguous picture is read slowly, and kernels that can do it spill
         return [COMPOSED, *ways]
     if layer.geometry.groups == 1:
-        ways = [Way("project", c) for c in configs.projection_forward(convolution_precision(z.dtype))] + ways
+        ways = [Way("project", c) for c in offers.projection_forward(convolution_precision(z.dtype))] + ways
     return ways
 
 
-def backward_ways(dy: Tensor, layer: Layer, memory_format: torch.memory_format, needs: Needs) -> list[Way]:
+def backward_ways(
+    offers: Offers, dy: Tensor, layer: Layer, memory_format: torch.memory_format, needs: Needs
+) -> list[Way]:
     """What is offered for a backward; the first is taken where nothing may be measured."""
     if not _takes(dy):
         return [COMPOSED]
@@ -84,10 +86,10 @@ def backward_ways(dy: Tensor, layer: Layer, memory_format: torch.memory_format, 
     if layer.geometry.groups > 1 or not (needs.dx or needs.ds):
         return ways
     rank, products = layer.v.shape[0], convolution_precision(dy.dtype)
-    ways = [*(Way("project", config) for config in configs.projection_backward(rank, products)), *ways]
+    ways = [*(Way("project", config) for config in offers.projection_backward(rank, products)), *ways]
     if layer.is_pointwise and needs.dx:
-        offers = configs.back_to_back_backward(rank, products, layer.geometry.stride != (1, 1))
-        ways = [*(Way("fused", config) for config in offers), *ways]
+        fused = offers.back_to_back_backward(rank, products, layer.geometry.stride != (1, 1))
+        ways = [*(Way("fused", config) for config in fused), *ways]
     return ways
 
 

@@ -1,5 +1,5 @@
 """Choosing among the ways on offer: those that agree with stock operations are timed on first use, and the fastest is remembered.
-Knows ways and their results, no kernel but the one that packs masks."""
+Knows ways and their results, no kernel."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from collections.abc import Callable, Hashable
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources, PTXASError
 
+from svf_fast.backends.kernel_set import convolution_precision
+from svf_fast.backends.ways import COMPOSED, Results, Way
+from svf_fast.bits import pack_nonzero
 from svf_fast.choice import Chooser
-from svf_fast.kernels import elementwise
-from svf_fast.kernels.launch import convolution_precision
-from svf_fast.kernels.ways import COMPOSED, Results, Way
+from svf_fast.contract import dense_view
 
-# What does not compile, or does not fit, on a device is left out there.
-# (Triton's passes and the driver raise RuntimeError.)
-UNFIT = (OutOfResources, PTXASError, triton.CompilationError, RuntimeError)
 # Largest difference between two exact ways, relative to the result, by how they multiply: several times the rounding, and far
 # below what a wrong index does. int8's levels may differ by one in 127.
 _AGREEMENT = {"ieee": 3e-2, "tf32": 1e-2, "tf32x3": 1e-4}
@@ -37,10 +33,13 @@ class Measured:
     Under torch.use_deterministic_algorithms nothing is timed: the first offer that agrees, the same in every run. While a CUDA
     graph is captured nothing can be compiled or compared: shapes met there first take the plain composition. (Inside
     torch.compile the op is opaque, and its first run measures.)
+
+    A way that raises one of `unfit` does not compile, or does not fit, on this device, and is left out.
     """
 
-    def __init__(self, chooser: Chooser) -> None:
+    def __init__(self, chooser: Chooser, unfit: tuple[type[Exception], ...] = (RuntimeError,)) -> None:
         self._chooser = chooser
+        self._unfit = unfit
         # by whether algorithms have to be deterministic: two roundings of one sum are both right, but not the same
         self._ways: dict[bool, dict[Hashable, Way]] = {False: {}, True: {}}
         self._undecided: dict[Hashable, int] = {}
@@ -79,7 +78,7 @@ class Measured:
             except torch.OutOfMemoryError:
                 # there may be room for it another day
                 is_lasting = False
-            except UNFIT as error:
+            except self._unfit as error:
                 _warn(key, way, f"cannot run here ({type(error).__name__}: {str(error).splitlines()[0]})")
         return self._chooser.choose(key, agreeing, stock, is_lasting=is_lasting)
 
@@ -97,7 +96,7 @@ def _agrees(key: Hashable, way: Way, found: list[Tensor], expected: list[Tensor]
             difference = torch.inf
         elif reference.dtype == torch.uint8:
             # the mask of the y beside it, bit for bit: rounding may decide other signs than in `expected`
-            difference = float((result != elementwise.pack(found[0])).any()) if reference.numel() else 0.0
+            difference = float((result != pack_nonzero(dense_view(found[0]))).any()) if reference.numel() else 0.0
         else:
             difference = max(_ratio(result.float() - reference, reference.float(), order) for order in (2.0, torch.inf))
         # NaN compares false
