@@ -99,8 +99,17 @@ class Backend(Protocol):
     def v_convolution(self, x: Tensor, layer: Layer, memory_format: torch.memory_format) -> Tensor:
         """z [N, R, Ho, Wo] in x's dtype."""
 
-    def scale_groups(self, pixels: int) -> int:
-        """How many groups of pixels this backend gives a scale of its own when it keeps z as int8."""
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, residual: Tensor | None, relu: bool,
+        memory_format: torch.memory_format,
+    ) -> Tensor:  # fmt: skip
+        """act(conv(x, weight) + bias + residual) with a merged weight [Co, Ci/groups, Kh, Kw] and bias of x's dtype."""
+
+    def recheck(self, *sources: Tensor) -> None:
+        """The values of these frozen tensors may have changed unseen, through `.data`: what was derived from them is checked."""
+
+    def scale_groups(self, x: Tensor, geometry: Geometry, pixels: int) -> int:
+        """How many groups of its `pixels` have a scale of their own when the z of `x` is kept as int8."""
 
     def max_cosine(self, query: Tensor, support: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
         """The largest cosine [B, Hq·Wq] and the support position [B, Hq·Wq] (int32) that has it; cosine.py has the formula."""

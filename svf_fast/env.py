@@ -10,10 +10,14 @@ import torch
 
 import svf_fast
 from svf_fast import backends
+from svf_fast.backends import native
 
 # Every environment variable that the project reads, and what it means. README.md has the same table.
 VARIABLES = {
     "SVF_FAST_BACKEND": "backend chosen at import: auto (default), torch, cpp or triton",
+    "SVF_FAST_BUILD_CPP": "while installing: 1 requires the C++ extension, 0 leaves it out, auto (default) builds it where it can",
+    "SVF_FAST_BUILD_CUDA": "while installing: the same for its CUDA kernels, which need nvcc and a CUDA build of torch",
+    "SVF_FAST_CUDA_ARCHS": "while installing: architectures of the CUDA kernels, 80;90a;100 where nvcc knows them",
     "SVF_FAST_CACHE_DIR": "where the kernels chosen by measurement are remembered: by default svf_fast in the user's cache folder",
 }
 
@@ -40,6 +44,7 @@ def report() -> str:
         for device in devices:
             reason = backends.why_unusable(name, device)
             lines.append(f"  {name:<7} {device:<5} {'works' if reason is None else 'not usable: ' + reason}")
+    lines.append(f"extension {native.describe()}")
     lines.append("environment")
     for variable, meaning in VARIABLES.items():
         lines.append(f"  {variable}={os.environ.get(variable, '')}  ({meaning})")

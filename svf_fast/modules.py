@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svf_fast import backends
 from svf_fast.contract import Geometry, check, memory_format_of
 from svf_fast.decompose import decompose, recompose
 from svf_fast.frozen_norm import FrozenAffine, Snapshot
 from svf_fast.functional import ACTIVATIONS, SAVES, autocast_dtype, fused_conv2d, svf_linear
-from svf_fast.vendor import convolve
 
 PARAMETRIZATIONS = ("direct", "scale")
 
@@ -132,6 +132,7 @@ class SVFModule(nn.Module):
     def train(self, mode: bool = True) -> SVFModule:
         # writes through `.data` leave no trace in version counters: a change of mode is where they happen
         self.__dict__.pop("_merged_cache", None)
+        backends.select(self.u.device).recheck(self.u, self.v)
         return super().train(mode)
 
     def _merged(
@@ -304,10 +305,9 @@ class SVFConv2d(SVFModule):
     ) -> Tensor:  # fmt: skip
         layout = memory_format_of(x)
         weight, bias = self._merged(dtype, layout, norm)
-        y = convolve(x.to(dtype), weight, bias, geometry, layout)
-        if residual is not None:
-            y.add_(residual)
-        return y.relu_() if activation == "relu" else y
+        return backends.select(x.device).convolve(
+            x.to(dtype), weight, bias, geometry, residual, activation == "relu", layout
+        )
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

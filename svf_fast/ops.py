@@ -57,7 +57,7 @@ def _(x, v, s, u, scale, shift, residual, relu, stride, padding, dilation, group
         dtype = torch.int8 if keep_z == "int8" else x.dtype
         z = x.new_empty((x.shape[0], v.shape[0], *size), dtype=dtype).to(memory_format=memory_format)
     if keep_z == "int8":
-        groups_of_pixels = backends.select(x.device).scale_groups(x.shape[0] * size[0] * size[1])
+        groups_of_pixels = backends.select(x.device).scale_groups(x, geometry, x.shape[0] * size[0] * size[1])
         z_scale = x.new_empty(groups_of_pixels, v.shape[0], dtype=torch.float32)
     if keep_mask:
         mask = x.new_empty(packed_bytes(y.numel()), dtype=torch.uint8)

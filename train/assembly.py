@@ -41,6 +41,8 @@ def build_model(config: Config, *, pretrained: bool) -> Model:
         recompute=options.recompute,
         seed=config.run.seed,
     )
+    # the layout that fused kernels read; maps take it from the first weight on
+    method = method.to(memory_format=torch.channels_last)
     strategy = _strategy(config)
     strategy.apply(method)
     svf = config.tuning.strategy == "svf"

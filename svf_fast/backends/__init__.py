@@ -20,19 +20,25 @@ NAMES = ("auto", "torch", "cpp", "triton")
 
 
 class _Entry(NamedTuple):
-    load: Callable[[], Backend]
-    # why it cannot run on a device type ("cpu", "cuda", ...), or None when it can
+    # for a device type ("cpu", "cuda", ...)
+    load: Callable[[str], Backend]
+    # why it cannot run on a device type, or None when it can
     reason_unusable: Callable[[str], str | None]
 
 
-def _not_built(what: str) -> _Entry:
-    def load() -> Backend:
-        raise RuntimeError(what)
+def _load_native(device: str) -> Backend:
+    from svf_fast.backends import cuda_kernels, native
 
-    return _Entry(load, lambda device: what)
+    return cuda_kernels.make() if device == "cuda" else native.NativeBackend()
 
 
-def _load_triton() -> Backend:
+def _why_no_native(device: str) -> str | None:
+    from svf_fast.backends import cuda_kernels, native
+
+    return cuda_kernels.why_unusable() if device == "cuda" else native.why_unusable(device)
+
+
+def _load_triton(device: str) -> Backend:
     from svf_fast.kernels.backend import make
 
     return make()
@@ -53,15 +59,15 @@ def _why_no_triton(device: str) -> str | None:
 
 _composed = ComposedBackend()
 _entries: dict[str, _Entry] = {
-    "torch": _Entry(lambda: _composed, lambda device: None),
-    "cpp": _not_built("this version has no compiled extension yet"),
+    "torch": _Entry(lambda device: _composed, lambda device: None),
+    "cpp": _Entry(_load_native, _why_no_native),
     "triton": _Entry(_load_triton, _why_no_triton),
 }
 # `auto` takes the first that can run on the device.
 _preference = ("triton", "cpp", "torch")
 
 
-def register(name: str, load: Callable[[], Backend], reason_unusable: Callable[[str], str | None]) -> None:
+def register(name: str, load: Callable[[str], Backend], reason_unusable: Callable[[str], str | None]) -> None:
     """Makes a backend known under one of the names of the public contract."""
     _entries[name] = _Entry(load, reason_unusable)
     _resolve.cache_clear()
@@ -112,8 +118,8 @@ def _resolve(name: str, device: str) -> Backend:
         reason = why_unusable(name, device)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
-        return _entries[name].load()
-    return next(_entries[n].load() for n in _preference if why_unusable(n, device) is None)
+        return _entries[name].load(device)
+    return next(_entries[n].load(device) for n in _preference if why_unusable(n, device) is None)
 
 
 class backend:

@@ -18,6 +18,8 @@ from svf_fast.vendor import convolve, data_gradient, empty, pointwise
 class ComposedBackend:
     """Stock convolutions around folded weights: no pass over an activation for s, the frozen affine or the bias."""
 
+    pack_nonzero = staticmethod(pack_nonzero)
+    keep_masked = staticmethod(keep_masked)
     max_cosine = staticmethod(composed_cosine.max_cosine)
     max_cosine_backward = staticmethod(composed_cosine.max_cosine_backward)
 
@@ -40,7 +42,7 @@ class ComposedBackend:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         dx, ds, d = dy.new_empty(0), dy.new_empty(0), dense(dy, memory_format)
         if kept.mask.numel():
-            d = keep_masked(dense_view(d), kept.mask).as_strided(d.shape, d.stride())
+            d = self.keep_masked(dense_view(d), kept.mask).as_strided(d.shape, d.stride())
         if needs.dx or needs.ds:
             g = project_gradient(d, layer, memory_format)
             if needs.ds:
@@ -64,14 +66,26 @@ class ComposedBackend:
                 y.add_(residual)
         if layer.relu:
             y.relu_()
-        mask = pack_nonzero(dense_view(y)) if keep_mask else y.new_empty(0, dtype=torch.uint8)
+        mask = self.pack_nonzero(dense_view(y)) if keep_mask else y.new_empty(0, dtype=torch.uint8)
         return y, mask
 
     def v_convolution(self, x: Tensor, layer: Layer, memory_format: torch.memory_format) -> Tensor:
         return v_convolution(x, layer, memory_format)
 
-    def scale_groups(self, pixels: int) -> int:
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, residual: Tensor | None, relu: bool,
+        memory_format: torch.memory_format,
+    ) -> Tensor:  # fmt: skip
+        y = convolve(x, weight, bias, geometry, memory_format)
+        if residual is not None:
+            y.add_(residual)
+        return y.relu_() if relu else y
+
+    def scale_groups(self, x: Tensor, geometry: Geometry, pixels: int) -> int:
         return 1
+
+    def recheck(self, *sources: Tensor) -> None:
+        pass
 
 
 def v_convolution(x: Tensor, layer: Layer, memory_format: torch.memory_format) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,15 +14,23 @@ _TILE_ELEMENTS = 4 * 1024 * 1024
 _CHUNK_COLUMNS = 1024
 
 
-def max_cosine(query: Tensor, support: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+# search(q [C, Nq], rows, count, eps, best [Nq], winner [Nq]): raises `best` to the largest cosine of each column of q to any of
+# `count` support rows, and says in `winner` (int32) which; rows(start, end) are some of them, [t, C].
+Search = Callable[[Tensor, Callable[[int, int], Tensor], int, float, Tensor, Tensor], None]
+
+
+def max_cosine(
+    query: Tensor, support: Tensor, mask: Tensor | None, eps: float, search: Search | None = None
+) -> tuple[Tensor, Tensor]:
     """The largest cosine [B, Hq·Wq] and the support position [B, Hq·Wq] (int32) that has it."""
     batch, _, height, width = query.shape
     values = query.new_empty(batch, height * width)
     winners = torch.empty(batch, height * width, dtype=torch.int32, device=query.device)
     for b in range(batch):
         values[b], winners[b] = _stream(
-            query[b].flatten(1), support[b].flatten(1), None if mask is None else mask[b].flatten(), eps
-        )
+            query[b].flatten(1), support[b].flatten(1), None if mask is None else mask[b].flatten(), eps,
+            search or _search,
+        )  # fmt: skip
     return values, winners
 
 
@@ -55,36 +63,53 @@ def max_cosine_backward(
     return dquery, dsupport
 
 
-def _stream(q: Tensor, a: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _stream(
+    q: Tensor, a: Tensor, weight: Tensor | None, eps: float, search: Search
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One picture: q [C, Nq], a [C, Ns], weight [Ns] → largest cosine [Nq] and its position [Nq]."""
     precise = _accumulation_dtype(q)
-    q = q.to(precise)
-    q_norm = torch.linalg.vector_norm(q, dim=0, dtype=precise)
     best = q.new_full((q.shape[1],), -torch.inf, dtype=precise)
-    winner = torch.zeros(q.shape[1], dtype=torch.int64, device=q.device)
+    winner = torch.zeros(q.shape[1], dtype=torch.int32, device=q.device)
     positions = None
     if weight is not None and q.device.type == "cpu":
         # positions of weight 0 have cosine 0: one stands for all (on a GPU the selection would cost a synchronisation)
         positions = weight.nonzero().flatten()
         if len(positions) < len(weight):
             best.zero_()
-            winner.fill_(int((weight == 0).to(torch.uint8).argmax()))
+            winner.fill_(-1)
     count = a.shape[1] if positions is None else len(positions)
+
+    def rows(start: int, end: int) -> Tensor:
+        chosen = slice(start, min(end, count))
+        if positions is None:
+            part = a[:, chosen].mT.to(precise)
+            return part if weight is None else part * weight[chosen].unsqueeze(1)
+        assert weight is not None
+        return a[:, positions[chosen]].mT.to(precise) * weight[positions[chosen]].unsqueeze(1)
+
+    if count:
+        search(q.to(precise), rows, count, eps, best, winner)
+    if weight is not None and positions is not None and len(positions) < len(weight):
+        # -1, the position of weight 0, stands last
+        first_zero = weight.eq(0).to(torch.uint8).argmax().view(1)
+        winner = torch.cat((positions, first_zero))[winner.long()]
+    return best.to(a.dtype), winner.to(torch.int32)
+
+
+def _search(
+    q: Tensor, rows: Callable[[int, int], Tensor], count: int, eps: float, best: Tensor, winner: Tensor
+) -> None:  # fmt: skip
+    q_norm = torch.linalg.vector_norm(q, dim=0)
     tile = max(_TILE_ELEMENTS // q.shape[1], 1)
     for start in range(0, count, tile):
-        chosen = slice(start, start + tile) if positions is None else positions[start : start + tile]
-        rows = a[:, chosen].mT.to(precise)  # [t, C]
-        if weight is not None:
-            rows = rows * weight[chosen].unsqueeze(1)
-        cosine = rows @ q
-        norms = torch.outer(torch.linalg.vector_norm(rows, dim=1, dtype=precise), q_norm)
+        part = rows(start, start + tile)  # [t, C]
+        cosine = part @ q
+        norms = torch.outer(torch.linalg.vector_norm(part, dim=1), q_norm)
         value, position = cosine.div_(norms.add_(eps)).max(0)
-        position = position + start if positions is None else positions[start + position]
         # NaN wins, as it does in torch.max
         wins = (value > best) | value.isnan()
-        best = torch.where(wins, value, best)
-        winner = torch.where(wins, position, winner)
-    return best.to(a.dtype), winner.to(torch.int32)
+        best.copy_(torch.where(wins, value, best))
+        winner.copy_(torch.where(wins, position + start, winner))
 
 
 def _backward_one(

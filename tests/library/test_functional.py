@@ -10,10 +10,13 @@ import pytest
 import torch
 from conv_cases import CASES, EXTRAS, ConvCase, Problem, make_problem, random_cases
 from error_ratio import INT8_DS_TOLERANCE, TOLERANCE, assert_close, error_ratio
+from implementations import IMPLEMENTATIONS
 from torch import Tensor
 
 from svf_fast import functional, reference
 from svf_fast.backends import composed
+
+pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 
 SAVES = ("exact", "int8", "recompute")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)

@@ -7,10 +7,13 @@ from itertools import product
 import pytest
 import torch
 from error_ratio import assert_close
+from implementations import IMPLEMENTATIONS
 from networks import picture
 from torch import nn
 
 from svf_fast import SVFConv2d, reference
+
+pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 

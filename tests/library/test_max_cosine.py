@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from error_ratio import assert_close, error_ratio
+from implementations import IMPLEMENTATIONS
 from torch import Tensor
 
 from svf_fast.backends import composed_cosine
 from svf_fast.functional import max_cosine
 from svf_fast.memory import kept_bytes
 from svf_fast.reference import max_cosine_matrix
+
+pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from conv_cases import CASES, EXTRAS, ConvCase, make_problem
+from implementations import IMPLEMENTATIONS
 from networks import CHANNELS, NETWORKS, picture, settle
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import svf_fast
+
+on_each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 
 SAVES = ("exact", "int8", "recompute")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -32,6 +35,7 @@ def op_arguments(case: ConvCase, layout: torch.memory_format, keep_z: str, **ext
 OPCHECK_CASES = (ConvCase(size=(5, 4)), CASES[4], CASES[6], CASES[10], CASES[16], CASES[17], CASES[18])
 
 
+@on_each_implementation
 @pytest.mark.parametrize("keep_z", ["exact", "int8", "input"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
@@ -41,11 +45,13 @@ def test_opcheck_of_the_convolution(case: ConvCase, layout: torch.memory_format,
     torch.library.opcheck(torch.ops.svf_fast.conv2d.default, arguments, test_utils=checks)
 
 
+@on_each_implementation
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_opcheck_without_anything_optional(layout: torch.memory_format) -> None:
     torch.library.opcheck(torch.ops.svf_fast.conv2d.default, op_arguments(ConvCase(size=(5, 4)), layout, "exact"))
 
 
+@on_each_implementation
 @pytest.mark.parametrize("is_sliced", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_opcheck_of_a_chain(layout: torch.memory_format, is_sliced: bool) -> None:
@@ -65,6 +71,7 @@ def test_opcheck_of_a_chain(layout: torch.memory_format, is_sliced: bool) -> Non
     torch.library.opcheck(torch.ops.svf_fast.chain.default, arguments, test_utils=OPCHECKS[:3])
 
 
+@on_each_implementation
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_opcheck_of_max_cosine(layout: torch.memory_format) -> None:
     query, support = (

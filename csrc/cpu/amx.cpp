@@ -1,0 +1,25 @@
+// The kernels for AVX-512 with products of bfloat16 in tiles.
+#include "kernels.h"
+
+// behind what other files share: their inline functions must run on any machine
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma")
+#include <immintrin.h>
+
+namespace svf {
+namespace {
+#include "vector_avx512.h"
+#include "gemm.h"
+#include "bfloat16_tile.h"
+#include "pack.h"
+#include "rows.h"
+#include "kept_z.h"
+#include "masks.h"
+#include "tile.h"
+#include "winograd.h"
+#include "forward.h"
+#include "backward.h"
+#include "cosine.h"
+#include "instruction_set.h"
+}  // namespace
+const Kernels& amx_kernels() { return table("amx"); }
+}  // namespace svf
