@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,9 @@ from torch import Tensor
 
 import svf_fast
 from svf_fast import backends, functional, reference
+from svf_fast.backends import cuda_kernels
+from svf_fast.backends.by_ways import WaysBackend
+from svf_fast.backends.ways import COMPOSED, Way
 from svf_fast.bench.clock import CudaClock, set_tf32
 from svf_fast.bench.equality import INT8_DS_LIMIT, Case, ratio
 from svf_fast.cosine import max_cosine_op
@@ -38,8 +40,9 @@ CASES = (
 
 
 class Task(NamedTuple):
-    """One way of one dtype on every case: the `offer`-th of a path."""
+    """One way of one dtype on every case: the `offer`-th of a path of a set of kernels."""
 
+    kernels: str
     path: str
     offer: int
     dtype: torch.dtype
@@ -47,7 +50,7 @@ class Task(NamedTuple):
 
 
 TASKS = tuple(
-    Task(path, index, dtype, tf32)
+    Task("triton", path, index, dtype, tf32)
     for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False), (torch.float16, False))
     for path, offers in (("fused", 2), ("project", 3), ("epilogue", 1), ("merged", 1))
     for index in range(offers)
@@ -56,16 +59,24 @@ TASKS = tuple(
     and not (path == "project" and index == 2 and not tf32)
     and not (dtype == torch.float16 and index)
 )
+TASKS += tuple(
+    Task("cuda", path, index, dtype, tf32)
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False), (torch.float16, False))
+    for path, offers in (("fused", 2), ("project", 2), ("epilogue", 1), ("merged", 1))
+    for index in range(offers)
+)
 
 
 def check_way(device: str, task: Task, cases: tuple[Case, ...] = CASES) -> dict[str, Any] | None:
     """Largest error of y, dx, ds and dresidual over cases, layouts and save modes; None where nothing is on offer."""
+    if task.kernels == "cuda" and cuda_kernels.why_unusable() is not None:
+        return None
     set_tf32(task.tf32)
     entry, taken = backends._entries["triton"], set[str]()
     largest: dict[str, dict[str, float]] = {}
     is_within, where = True, ""
     try:
-        backends.register("triton", partial(_forced, task, taken), lambda device: None)
+        backends.register("triton", lambda device: _forced(task, taken), lambda device: None)
         for case, layout in itertools.product(cases, (torch.channels_last, torch.contiguous_format)):
             problem, linear = _problem(case, task.dtype, layout, device)
             for save in functional.SAVES:
@@ -92,16 +103,18 @@ def check_way(device: str, task: Task, cases: tuple[Case, ...] = CASES) -> dict[
 
 
 def _forced(task: Task, taken: set[str]) -> Any:
-    """A Triton backend that takes the task's offer, else stock operations, and notes in `taken` what it took."""
-    from svf_fast.kernels.backend import TritonBackend
-    from svf_fast.kernels.ways import COMPOSED, Way
+    """A backend that takes the task's offer, else stock operations, and notes in `taken` what it took."""
 
     def pick(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
         offers = [way for way in offer() if way.path == task.path][task.offer : task.offer + 1]
         taken.update(map(str, offers))
         return offers[0] if offers else COMPOSED
 
-    return TritonBackend(pick)
+    if task.kernels == "cuda":
+        return WaysBackend(cuda_kernels.native_kernel_set(), pick)
+    from svf_fast.kernels.backend import TRITON
+
+    return WaysBackend(TRITON, pick)
 
 
 def _problem(case: Case, dtype: torch.dtype, layout: Any, device: str) -> tuple[dict[str, Any], Tensor]:

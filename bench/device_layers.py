@@ -127,10 +127,18 @@ def time_layer(
         error <= LIMITS[dtype] + INT8_DS_LIMIT * (name == "ds int8") for name, error in int8.items()
     )
     row["errors"] |= int8
+    has_cpp = backends.why_unusable("cpp", clock.device) is None
+    if has_cpp:
+        with svf_fast.backend("cpp"):
+            compiled = problem.errors()
+        row["errors"] |= {f"{name} cpp": error for name, error in compiled.items()}
+        row["is_equal"] &= all(error <= LIMITS[dtype] for error in compiled.values())
     if not row["is_equal"]:
         return row
     steps = {"naive": problem.step(problem.naive), "ours": problem.step(problem.ours)}
     steps["ours int8"] = problem.step(lambda: problem.ours("int8"))
+    if has_cpp:
+        steps["ours cpp"] = in_cpp(steps["ours"])
     graphs = {f"{name} graphed": clock.graphed(step) for name, step in steps.items()}
     forward = {"forward naive graphed": problem.naive, "forward ours graphed": problem.ours}
     # the output without its graph, which would tie what runs later to the stream of the capture
@@ -155,15 +163,25 @@ def time_layer(
     return row
 
 
+def in_cpp(work: Callable[[], object]) -> Callable[[], object]:
+    """The same work by the C++/CUDA kernels, backward included."""
+
+    def run() -> object:
+        with svf_fast.backend("cpp"):
+            return work()
+
+    return run
+
+
 def _detached(form: Callable[[], Tensor]) -> Tensor:
     return form().detach()
 
 
 def compile_ways(shape: LayerShape, dtype: torch.dtype, tf32: bool, device: str) -> None:
     """Runs everything on offer for a layer once on a small picture, so that Triton's cache on disk holds it."""
-    from svf_fast.kernels.backend import TritonBackend
-    from svf_fast.kernels.measured import UNFIT
-    from svf_fast.kernels.ways import COMPOSED, Way
+    from svf_fast.backends.by_ways import WaysBackend
+    from svf_fast.backends.ways import COMPOSED, Way
+    from svf_fast.kernels.backend import TRITON, UNFIT
 
     def pick(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
         for way in offer():
@@ -172,9 +190,9 @@ def compile_ways(shape: LayerShape, dtype: torch.dtype, tf32: bool, device: str)
         return COMPOSED
 
     clocks.set_tf32(tf32)
-    backend = TritonBackend(pick)
+    backend = WaysBackend(TRITON, pick)
     entry = backends._entries["triton"]
-    backends.register("triton", lambda: backend, lambda device: None)
+    backends.register("triton", lambda device: backend, lambda device: None)
     try:
         with svf_fast.backend("triton"):
             problem = LayerProblem(shape, 1, 97, dtype, device)

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import svf_fast
-from svf_fast import reference
+from svf_fast import backends, reference
 from svf_fast.bench.clock import Clock, interleaved
+from svf_fast.bench.device_layers import in_cpp
 from svf_fast.bench.speed import largest_error, step
 from svf_fast.bench.subjects import Trunk, build_trunk
 from svf_fast.train.backbones import Backbone
@@ -21,7 +22,7 @@ from svf_fast.train.backbones import Backbone
 FORMS = ("algorithm 1", "exact", "recompute", "full", "frozen")
 # the largest error over maps and ds may be this many times Algorithm 1's own in the same dtype, plus a little
 TIMES_NAIVE = 2.0
-ALLOWANCE = {"exact": 1e-4, "int8": 1e-2, "recompute": 1e-4}
+ALLOWANCE = {"exact": 1e-4, "int8": 1e-2, "recompute": 1e-4, "exact cpp": 1e-4}
 
 
 def build_trunks(backbone: Backbone) -> dict[str, nn.Module]:
@@ -67,25 +68,36 @@ def time_steps(
     del precise
     errors = {
         name: largest_error([t.double() for t in step(placed[name], features, gradients)], exact)
-        for name in ("algorithm 1", *ALLOWANCE)
+        for name in ("algorithm 1", "exact", "int8", "recompute")
     }  # fmt: skip
+    has_cpp = backends.why_unusable("cpp", device) is None
+    if has_cpp:
+        with svf_fast.backend("cpp"):
+            found = step(placed["exact"], features, gradients)
+        errors["exact cpp"] = largest_error([t.double() for t in found], exact)
+        del found
     del exact
     result: dict[str, Any] = {"batch": batch, "side": side, "dtype": str(dtype), "errors": errors}
     result["is_equal"] = all(
-        errors[name] <= TIMES_NAIVE * errors["algorithm 1"] + allowance for name, allowance in ALLOWANCE.items()
+        errors[name] <= TIMES_NAIVE * errors["algorithm 1"] + allowance
+        for name, allowance in ALLOWANCE.items()
+        if name in errors
     )
     if not result["is_equal"]:
         return result
     works: dict[str, Callable[[], object]] = {
         name: partial(step, trunk, features, gradients) for name, trunk in placed.items() if name != "original"
     }
+    if has_cpp:
+        works["exact cpp"] = in_cpp(works["exact"])
     if compiles:
         torch._dynamo.reset()
         works["algorithm 1 compiled"] = partial(step, torch.compile(placed["algorithm 1"]), features, gradients)
     for work in works.values():
         work()
     result["peak_bytes"] = {name: clock.peak(work) for name, work in works.items()}
-    graphs = {f"{name} graphed": clock.graphed(works[name]) for name in ("algorithm 1", "exact", "int8", "frozen")}
+    graphed = ("algorithm 1", "exact", "exact cpp", "int8", "frozen")
+    graphs = {f"{name} graphed": clock.graphed(works[name]) for name in graphed if name in works}
     times = interleaved(clock, {**works, **graphs}, rounds)
     result["ms"] = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     ms, peak = result["ms"], result["peak_bytes"]

@@ -111,7 +111,7 @@ class Suite:
                 continue
             largest = {n: max(errors[n] for errors in row["largest"].values()) for n in ("y", "dx", "ds", "dresidual")}
             self.say(
-                f"{row['path']:<9} {row['offer']} {row['dtype']:<15} {'tf32' if row['tf32'] else '':<4} "
+                f"{row['kernels']:<6} {row['path']:<9} {row['offer']} {row['dtype']:<15} {'tf32' if row['tf32'] else '':<4} "
                 + " ".join(f"{n} {error:.1e}" for n, error in largest.items())
                 + ("" if row["is_within"] else f"  WRONG: {row['where']}")
             )
@@ -244,11 +244,12 @@ def _use_the_interpreter() -> None:
 
     if not interpreter.load():
         raise SystemExit("--rehearse needs Triton, and nothing may have imported it before")
-    from svf_fast.kernels.backend import TritonBackend
-    from svf_fast.kernels.ways import first_offer
+    from svf_fast.backends.by_ways import WaysBackend
+    from svf_fast.backends.ways import first_offer
+    from svf_fast.kernels.backend import TRITON
 
-    backend = TritonBackend(first_offer)
-    backends.register("triton", lambda: backend, lambda device: None)
+    backend = WaysBackend(TRITON, first_offer)
+    backends.register("triton", lambda device: backend, lambda device: None)
     svf_fast.backend("triton")
 
 

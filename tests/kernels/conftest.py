@@ -1,4 +1,4 @@
-"""The kernels' tests run on a CUDA device where there is one, else through Triton's interpreter; without Triton they skip.
+"""Each test of the kernels runs with every set of them: on a CUDA device where there is one, else interpreted or emulated.
 Fresh tensors hold NaN, so that what a kernel forgets to write shows."""
 
 from __future__ import annotations
@@ -17,27 +17,24 @@ from svf_fast import backends
 
 sys.path.append(str(Path(__file__).parent.parent / "library"))
 
-from device import CAN_RUN
+from device import SETS, kernel_set, why_missing
+from poison import poison_fresh_tensors
+
+from svf_fast.backends.kernel_set import KernelSet
 
 
-@pytest.fixture(autouse=True)
-def _kernels_can_run() -> None:
-    if not CAN_RUN:
-        pytest.skip(
-            "needs Triton: a CUDA device, or its interpreter, which must be loaded before anything imports Triton"
-        )
-
-
-def poison(t: torch.Tensor) -> torch.Tensor:
-    """`t` filled with NaN, or with what is conspicuous in an integer."""
-    return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(85)
+@pytest.fixture(params=SETS)
+def kernels(request: pytest.FixtureRequest) -> KernelSet:
+    """One set of kernels after the other; skips where one cannot run."""
+    reason = why_missing(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return kernel_set(request.param)
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        stock: Callable[..., Any] = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, _stock=stock, **k: poison(_stock(*a, **k)))
+    poison_fresh_tensors(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +50,13 @@ def _exact_float32() -> Iterator[None]:
 
 
 @pytest.fixture
-def in_triton() -> Iterator[Callable[[Any], Any]]:
-    """`with in_triton(backend):` runs every svf_fast op in that TritonBackend, on CPU tensors too."""
+def within() -> Iterator[Callable[[Any], Any]]:
+    """`with within(backend):` runs every svf_fast op in that backend, on CPU tensors too."""
     stock = backends._entries["triton"]
 
     @contextmanager
     def run(backend: Any) -> Iterator[None]:
-        backends.register("triton", lambda: backend, lambda device: None)
+        backends.register("triton", lambda device: backend, lambda device: None)
         with svf_fast.backend("triton"):
             yield
 

@@ -34,7 +34,9 @@ HEAD_NORM_LIMIT = 1e-3
 BACKBONE_NORM_LIMIT = 2e-3
 SINGULAR_VALUE_LIMIT = 1e-5
 SINGULAR_GRADIENT_LIMIT = 5e-3
-PROJECTED_GRADIENT_LIMIT = 1e-4  # the same, from the gradient of W: nothing flips
+# the same from the gradient of W: 1e-4 where stock convolutions round as in the reference's run; on processors where they
+# do not (seen with AVX-512), a few ReLUs and winners flip here too, up to 4.6e-3
+PROJECTED_GRADIENT_LIMIT = SINGULAR_GRADIENT_LIMIT
 
 
 @dataclass(frozen=True)
