@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test cuda-table lint clean
 
 demo: $(STAMP)
 	$(BIN)/svf-fast demo
@@ -12,6 +12,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	# two processes: most tests run on one thread; a file stays in one process with what it has set up
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+cuda-table: $(STAMP)
+	$(BIN)/python -m svf_fast.bench.nvcc
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,7 +1,7 @@
 // Matrix products of a tile of rows, kept in cache, with a right operand that was packed once: C [rows, n] (+)= A [rows, k] B [k, n].
 // Included inside the namespace of the instruction set.
 //
-// B lies in panels of kPanel columns, [tap][panel][k][kPanel]: the micro-kernel reads it front to back. A lies in rows; its leading
+// B lies in panels of kPanel columns, [panel][tap][k][kPanel]: the micro-kernel reads it front to back. A lies in rows; its leading
 // dimension keeps neighbouring rows out of one another's cache sets. Sums are always taken in the order of k.
 
 constexpr int64_t kPanel = 2 * kWidth;
@@ -90,7 +90,7 @@ void in_parallel(const Threads& threads, int64_t count, const F& body) {
   });
 }
 
-// C [rows, columns] += A B for one block of k that begins at unit `first` of one tap; C's columns are padded to whole panels.
+// C [rows, columns] (+)= A B for one block of k that begins at unit `first` of `all_units`; C's columns are padded to whole panels.
 template <class Op>
 void multiply_block(
     int64_t rows, const typename Op::Unit* a, int64_t lda, const typename Op::Unit* b, int64_t first, int64_t count,

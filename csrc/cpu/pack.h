@@ -38,6 +38,6 @@ void pack(const Matrix& m, void* out, const Threads& threads) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t k = 0; k < all; ++k)
         for (int64_t j = 0; j < kPanel; ++j)
-          put(to + (i * all + k) * kPanel + j, m, i / panels, k, i % panels * kPanel + j);
+          put(to + (i * all + k) * kPanel + j, m, i % m.taps, k, i / m.taps * kPanel + j);
   });
 }

@@ -34,27 +34,39 @@ struct Buffers {
   }
 };
 
-// sums = Σ over taps of the rows that `row_of(tap_y, tap_x, i)` names (null: zeros) times that tap's matrix [inputs, columns].
+// sums = Σ over taps of the rows that `row_of(tap_y, tap_x, i)` names (null: zeros) times that tap's matrix [inputs, columns]. The taps
+// lie behind one another in the contraction, so that a block may hold several narrow ones.
 template <class Op, class T, class RowOf>
 void convolve_tile(
     const Geometry& g, int64_t rows, int64_t inputs, int64_t columns, const void* right, const Buffers<Op>& tile,
     const RowOf& row_of) {
   const T* row[kTilePixels];
-  const int64_t all = units<Op>(inputs), tap_units = all * round_up(columns, kPanel);
-  const auto* b = static_cast<const typename Op::Unit*>(right);
-  bool has_begun = false;
-  for (int64_t ky = 0; ky < g.taps[0]; ++ky)
-    for (int64_t kx = 0; kx < g.taps[1]; ++kx, b += tap_units) {
-      bool is_inside = false;
-      for (int64_t i = 0; i < rows; ++i) is_inside |= (row[i] = row_of(ky, kx, i)) != nullptr;
-      if (!is_inside) continue;
-      for (int64_t first = 0; first < all; first += kBlock) {
-        const int64_t count = all - first < kBlock ? all - first : kBlock, channel = first * Op::kElements;
-        const int64_t channels = inputs - channel < kBlock * Op::kElements ? inputs - channel : kBlock * Op::kElements;
-        gather(row, rows, channel, channels, tile.block, tile.lda);
-        multiply_block<Op>(rows, tile.block, tile.lda, b, first, count, all, columns, tile.sums, tile.lds, has_begun);
-        has_begun = true;
+  const int64_t each = units<Op>(inputs), all = g.taps[0] * g.taps[1] * each;
+  int64_t tap_of_rows = -1;
+  bool is_inside = false, has_begun = false;
+  for (int64_t first = 0, at = 0; first < all; first = at) {
+    while (at < all && at - first < kBlock) {
+      const int64_t tap = at / each, unit = at % each;
+      if (tap != tap_of_rows) {
+        is_inside = false;
+        for (int64_t i = 0; i < rows; ++i) is_inside |= (row[i] = row_of(tap / g.taps[1], tap % g.taps[1], i)) != nullptr;
+        tap_of_rows = tap;
       }
+      // a tap that meets padding alone ends the block
+      if (!is_inside) break;
+      const int64_t spare = first + kBlock - at, part = each - unit < spare ? each - unit : spare;
+      const int64_t channel = unit * Op::kElements, left = inputs - channel;
+      const int64_t channels = left < part * Op::kElements ? left : part * Op::kElements;
+      gather(row, rows, channel, channels, tile.block + (at - first), tile.lda);
+      at += part;
     }
+    if (at > first) {
+      multiply_block<Op>(
+          rows, tile.block, tile.lda, static_cast<const typename Op::Unit*>(right), first, at - first, all, columns, tile.sums,
+          tile.lds, has_begun);
+      has_begun = true;
+    }
+    if (!is_inside) at = (tap_of_rows + 1) * each;
+  }
   if (!has_begun) __builtin_memset(tile.sums, 0, rows * tile.lds * sizeof(float));
 }

@@ -92,14 +92,13 @@ void winograd_tile(const Forward& f, int64_t first, int64_t number, const Buffer
       if (is_inside) pixels.add((n * g.out[0] + out_y) * g.out[1] + out_x, n, out_y, out_x);
     }
   }
-  const auto* b = static_cast<const float*>(f.right);
-  const int64_t tap_units = f.inputs * round_up(f.rank, kPanel);
   for (int64_t channel = 0; channel < f.inputs; channel += kBlock) {
     const int64_t count = f.inputs - channel < kBlock ? f.inputs - channel : kBlock;
     for (int64_t i = 0; i < number; ++i) transform_patch(rows[i], channel, count, a + i * tile.lda, step);
     for (int64_t p = 0; p < kPositions; ++p)
       multiply_block<Single>(
-          number, a + p * step, tile.lda, b + p * tap_units, channel, count, f.inputs, f.rank, m + p * step_m, ldm, channel > 0);
+          number, a + p * step, tile.lda, static_cast<const float*>(f.right), p * f.inputs + channel, count,
+          kPositions * f.inputs, f.rank, m + p * step_m, ldm, channel > 0);
   }
   for (int64_t i = 0; i < number; ++i) transform_products(m + i * ldm, step_m, f.rank, to[i]);
 }
