@@ -26,6 +26,8 @@ $(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'setuptools>=77' wheel ninja
 	# the extension is compiled against that torch, hence without isolation; without a compiler this installs pure Python
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	# which backends that gave
+	$(BIN)/python -m svf_fast.env | grep -E '^ +(torch|cpp|triton) |^extension'
 	touch $(STAMP)
 
 clean:

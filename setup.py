@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,14 @@ from setuptools import find_packages, setup
 SUBPACKAGES = ("kernels", "train", "bench")
 ROOT = Path(__file__).resolve().parent
 # One binary for every torch from 2.11 on.
-FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-fno-strict-aliasing",
+    "-fvisibility=hidden",
+    "-Wno-maybe-uninitialized",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "80;90a;100"
 
@@ -29,7 +37,7 @@ def say(sentence: str) -> None:
 
 def toggle(variable: str) -> str:
     """auto, 0 or 1."""
-    value = os.environ.get(variable, "auto")
+    value = os.environ.get(variable) or "auto"
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"svf_fast: {variable} must be auto, 0 or 1, got {value!r}")
     return value
@@ -52,7 +60,7 @@ def why_no_extension() -> str | None:
     """The reason why nothing can be compiled here, or None."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"the kernels are for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
-    compiler = os.environ.get("CXX", "g++").split()[0]
+    compiler = shlex.split(os.environ.get("CXX") or "c++")[-1]
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler!r} on PATH"
     try:
@@ -127,9 +135,13 @@ def extension() -> dict[str, Any]:
                 super().build_extensions()
             except Exception as error:
                 if "1" in (toggle("SVF_FAST_BUILD_CPP"), toggle("SVF_FAST_BUILD_CUDA")):
+                    say(f"the extension was demanded, but the compiler failed: {error}")
                     raise
                 say(f"installed as pure Python, without the cpp backend: the compiler failed: {error}")
                 self.extensions = []
+                # and the wheel is one for every machine
+                if "bdist_wheel" in self.distribution.command_obj:
+                    self.get_finalized_command("bdist_wheel").root_is_pure = True
 
     # relative, as setuptools wants them
     sources = [str(p.relative_to(ROOT)) for folder in folders for p in sorted(ROOT.glob(f"{folder}/*.cpp"))]

@@ -70,7 +70,8 @@ class Layer:
         self.scale = self.norm.weight / (variance + self.norm.eps).sqrt()
         self.shift = self.norm.bias - mean * self.scale
         self.s = self.naive.vector_S.detach().flatten().requires_grad_()
-        self.v, self.u = self.naive.conv_V.weight, self.naive.conv_U.weight.flatten(1)
+        self.v = self.naive.conv_V.weight
+        self.u = nn.Parameter(self.naive.conv_U.weight.flatten(1), requires_grad=False)
         self.x = normal(1, shape.inputs, before, before).requires_grad_()
         dy = normal(1, shape.outputs, after, after)
         self.residual = normal(1, shape.outputs, after, after).requires_grad_() if shape.has_residual else None
@@ -120,10 +121,10 @@ class Layer:
 def without(trick: str) -> Iterator[None]:
     """The compiled kernels with one trick left out."""
     if trick == "Winograd":
-        with mock.patch.object(native, "_WINOGRAD_CHANNELS", math.inf):
+        with mock.patch.object(packed, "_WINOGRAD_CHANNELS", math.inf):
             yield
     elif trick == "packing once":
-        with mock.patch.object(packed.DerivedTensors, "get", lambda self, purpose, sources, derive: derive()):
+        with mock.patch.object(packed.DerivedTensors, "get", lambda self, purpose, source, scale, derive: derive()):
             yield
     else:
         with svf_fast.backend("torch"):

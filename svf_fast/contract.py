@@ -105,9 +105,6 @@ class Backend(Protocol):
     ) -> Tensor:  # fmt: skip
         """act(conv(x, weight) + bias + residual) with a merged weight [Co, Ci/groups, Kh, Kw] and bias of x's dtype."""
 
-    def recheck(self, *sources: Tensor) -> None:
-        """The values of these frozen tensors may have changed unseen, through `.data`: what was derived from them is checked."""
-
     def scale_groups(self, x: Tensor, geometry: Geometry, pixels: int) -> int:
         """How many groups of its `pixels` have a scale of their own when the z of `x` is kept as int8."""
 

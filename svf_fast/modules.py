@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svf_fast import backends
+from svf_fast.backends.packed import recheck
 from svf_fast.contract import Geometry, check, memory_format_of
 from svf_fast.decompose import decompose, recompose
 from svf_fast.frozen_norm import FrozenAffine, Snapshot
@@ -132,7 +133,7 @@ class SVFModule(nn.Module):
     def train(self, mode: bool = True) -> SVFModule:
         # writes through `.data` leave no trace in version counters: a change of mode is where they happen
         self.__dict__.pop("_merged_cache", None)
-        backends.select(self.u.device).recheck(self.u, self.v)
+        recheck()
         return super().train(mode)
 
     def _merged(
@@ -149,9 +150,11 @@ class SVFModule(nn.Module):
         if kept is None or kept.affine is not affine or not kept.state.still_holds(state):
             with torch.inference_mode(False), torch.no_grad():
                 kept = _Merged(state.with_copies(), affine, *self._merge_now(dtype, layout, affine))
-            if type(kept.weight) is not Tensor:
-                # a tracer's stand-in must not outlive the trace
+            if type(kept.weight) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(kept.weight):
+                # a tracer's or a transform's stand-in must not outlive it
                 return kept.weight, kept.bias
+            # a parameter: what a backend derives from it may be kept as long as it lives
+            kept = kept._replace(weight=nn.Parameter(kept.weight, requires_grad=False))
             self.__dict__["_merged_cache"] = kept
         return kept.weight, kept.bias
 

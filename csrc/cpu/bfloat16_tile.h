@@ -1,14 +1,12 @@
 // Products of bfloat16 in tile registers: AMX. Included inside the namespace of the instruction set.
 
-// The shapes of all eight tile registers, 16 rows of 64 bytes, in force in this thread.
-inline void configure_tiles() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } shapes;
-  _tile_loadconfig(&shapes);
-}
+// The shapes of all eight tile registers, 16 rows of 64 bytes.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr TileShapes kTileShapes;
 
 // 32 rows and one panel of 32 columns: two by two accumulators, 16 pairs of k a step.
 struct Half {
@@ -16,7 +14,9 @@ struct Half {
   static constexpr int64_t kElements = 2, kStep = 16, kRows = 32;
   static void multiply(
       int64_t rows, const Unit* a, int64_t lda, const Unit* b, int64_t k, float* c, int64_t ldc, bool accumulate) {
-    configure_tiles();
+    // the compiler does not know that tiles are loaded from memory: everything is stored first
+    __asm__ volatile("" ::: "memory");
+    _tile_loadconfig(&kTileShapes);
     for (int64_t i = 0; i < rows; i += kRows, a += kRows * lda, c += kRows * ldc) {
       if (accumulate) {
         _tile_loadd(0, c, 4 * ldc);

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <vector>
@@ -52,18 +53,30 @@ Picture picture(const Tensor& t, const char* name) {
   return {t.data_ptr(), t.stride(0), t.stride(2), t.stride(3)};
 }
 
-// A dense 4-D tensor in channels_last.
-void check_dense(const MaybeTensor& t, const char* name) {
+// A dense 4-D tensor in channels_last, of this type and these extents.
+void check_dense(const MaybeTensor& t, Type type, const std::array<int64_t, 4>& extents, const char* name) {
   if (!t) return;
+  for (int64_t dim = 0; dim < 4; ++dim)
+    STD_TORCH_CHECK(
+        t->dim() == 4 && t->size(dim) == extents[dim], name, " must be [", extents[0], ", ", extents[1], ", ", extents[2], ", ",
+        extents[3], "]");
+  STD_TORCH_CHECK(type_of(*t) == type, name, " has another dtype than expected");
   int64_t step = 1;
   for (int64_t dim : {1, 3, 2, 0}) {
-    STD_TORCH_CHECK(t->dim() == 4 && (t->size(dim) == 1 || t->stride(dim) == step), name, " must be dense in channels_last");
+    STD_TORCH_CHECK(t->size(dim) == 1 || t->stride(dim) == step, name, " must be dense in channels_last");
     step *= t->size(dim);
   }
 }
 
 svf::Geometry geometry_of(const Tensor& in, const Tensor& out, const std::vector<int64_t>& g) {
   STD_TORCH_CHECK(g.size() == 8, "geometry must be eight integers, got ", g.size());
+  STD_TORCH_CHECK(in.dim() == 4 && out.dim() == 4 && in.size(0) == out.size(0), "input and output must be batches of one size");
+  for (int64_t axis = 0; axis < 2; ++axis) {
+    const int64_t reach = in.size(2 + axis) + 2 * g[4 + axis] - g[6 + axis] * (g[axis] - 1) - 1;
+    STD_TORCH_CHECK(
+        g[axis] > 0 && g[2 + axis] > 0 && g[6 + axis] > 0 && reach >= 0 && reach / g[2 + axis] + 1 == out.size(2 + axis),
+        "the output's extents do not fit the input and the geometry");
+  }
   return {in.size(0),   {in.size(2), in.size(3)}, {out.size(2), out.size(3)}, {g[0], g[1]}, {g[2], g[3]},
           {g[4], g[5]}, {g[6], g[7]}};
 }
@@ -126,8 +139,10 @@ void forward(
       !is_winograd || (!z_scale && (f.type == Type::kFloat || !has_half_products()) && geometry[0] == 3 && geometry[1] == 3 &&
                        geometry[2] == 1 && geometry[3] == 1),
       "Winograd's products are for 3x3 taps of stride 1 in single precision");
-  check_dense(y, "y");
-  check_dense(z, "z");
+  check_dense(y, f.type, {y.size(0), f.outputs, y.size(2), y.size(3)}, "y");
+  check_dense(z, z_scale ? Type::kInt8 : f.type, {y.size(0), f.rank, y.size(2), y.size(3)}, "z");
+  for (int64_t dim = 0; dim < 4; ++dim)
+    STD_TORCH_CHECK(!residual || residual->size(dim) == y.size(dim), "residual must have y's shape");
   check_packed(right, is_winograd ? 16 : geometry[0] * geometry[1], f.inputs, f.rank, f.type, "right");
   check_packed(left, 1, f.rank, f.outputs, f.type, "left");
   svf::kernels().forward(f, threads());
@@ -155,10 +170,15 @@ void backward(
   if (z_scale) b.z_scale = vector(z_scale, z_scale->numel(), "z_scale");
   b.z_scale_step = z_scale && z_scale->size(0) > 1 ? b.rank : 0;
   STD_TORCH_CHECK(!mask || mask->numel() == (dy.numel() + 7) / 8, "mask must have one bit an element of dy");
-  STD_TORCH_CHECK(!mask || !d || type_of(*d) == b.type, "d must have dy's dtype");
-  check_dense(z, "z");
-  check_dense(d, "d");
-  check_dense(dx, "dx");
+  const int64_t n = dy.size(0), height = dy.size(2), width = dy.size(3);
+  check_dense(z, b.z_type, {n, b.rank, height, width}, "z");
+  check_dense(d, b.type, {n, b.outputs, height, width}, "d");
+  if (dx) check_dense(dx, b.type, {n, right ? b.inputs : b.rank, dx->size(2), dx->size(3)}, "dx");
+  const int64_t groups = (b.geometry.out_pixels() + svf::kGroupPixels - 1) / svf::kGroupPixels;
+  STD_TORCH_CHECK(
+      !z_scale || (z_scale->dim() == 2 && z_scale->size(1) == b.rank && (z_scale->size(0) == 1 || z_scale->size(0) == groups)),
+      "z_scale must be [1 or ", groups, ", ", b.rank, "]");
+  STD_TORCH_CHECK(!ds || (left && s && z), "ds needs left factors, s and z");
   check_packed(left, 1, b.outputs, b.rank, b.type, "left");
   check_packed(right, 1, b.rank, b.inputs, b.type, "right");
   const svf::Tiling tiling = svf::backward_tiles(b.geometry.out_pixels());
@@ -176,10 +196,11 @@ void backward(
 }
 
 void data_gradient(const Tensor& g, const Tensor& right, const Tensor& dx, const std::vector<int64_t>& geometry) {
-  check_dense(g, "g");
-  check_dense(dx, "dx");
+  const svf::Geometry geometry_of_v = geometry_of(dx, g, geometry);
+  check_dense(g, type_of(g), {g.size(0), g.size(1), g.size(2), g.size(3)}, "g");
+  check_dense(dx, type_of(g), {dx.size(0), dx.size(1), dx.size(2), dx.size(3)}, "dx");
   check_packed(right, geometry[0] * geometry[1], g.size(1), dx.size(1), type_of(g), "right");
-  const svf::DataGradient d{geometry_of(dx, g, geometry), dx.size(1),    g.size(1),        type_of(g),
+  const svf::DataGradient d{geometry_of_v, dx.size(1),    g.size(1),        type_of(g),
                             g.data_ptr(),                 dx.data_ptr(), right.data_ptr()};
   svf::kernels().data_gradient(d, threads());
 }
@@ -201,8 +222,9 @@ void max_cosine(
 }
 
 void quantize(const Tensor& z, const Tensor& q, const Tensor& scale) {
-  check_dense(z, "z");
-  check_dense(q, "q");
+  const std::array<int64_t, 4> extents{z.size(0), z.size(1), z.size(2), z.size(3)};
+  check_dense(z, type_of(z), extents, "z");
+  check_dense(q, Type::kInt8, extents, "q");
   const int64_t rank = z.size(1), pixels = rank == 0 ? 0 : z.numel() / rank;
   const svf::Quantize all{
       pixels, rank, type_of(z), z.data_ptr(), static_cast<int8_t*>(q.data_ptr()),

@@ -5,8 +5,8 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
-#include <new>
 #include <stdexcept>
 
 namespace svf {
@@ -84,11 +84,23 @@ void* scratch(int slot, size_t bytes) {
   };
   thread_local Buffer buffers[kSlots];
   Buffer& buffer = buffers[slot];
-  if (buffer.bytes < bytes) {
+#ifdef SVF_FAST_EXACT_SCRATCH
+  // for the sanitizers: nothing behind the end, and nothing left of the last call
+  const bool is_enough = false;
+#else
+  const bool is_enough = buffer.bytes >= bytes;
+#endif
+  if (!is_enough) {
+    // freed first, and empty should there be no more
+    buffer.memory.reset();
+    buffer.bytes = 0;
     const size_t size = (bytes + 63) / 64 * 64;
     buffer.memory.reset(std::aligned_alloc(64, size));
-    if (!buffer.memory) throw std::bad_alloc();
+    if (!buffer.memory) throw std::runtime_error("out of memory: the CPU kernels need " + std::to_string(size) + " bytes more");
     buffer.bytes = size;
+#ifdef SVF_FAST_EXACT_SCRATCH
+    std::memset(buffer.memory.get(), 0xFF, size);
+#endif
   }
   return buffer.memory.get();
 }

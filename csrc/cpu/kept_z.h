@@ -22,8 +22,7 @@ void quantize_tile(const T* z, int64_t ldz, int64_t rows, int64_t rank, int64_t 
     float* group_scale = scale + (first + group) / kGroupPixels * rank;
     for (int64_t c = 0; c < rank; c += kWidth) {
       Vec largest = zero();
-      // NaN is the second, and stays
-      for (int64_t i = group; i < end; ++i) largest = max(largest, abs(read(z + i * ldz + c, rank - c)));
+      for (int64_t i = group; i < end; ++i) largest = largest_of(largest, abs(read(z + i * ldz + c, rank - c)));
       write(group_scale + c, mul(largest, set(1 / kLevels)), rank - c);
       const Vec positive = max(largest, set(0x1p-126f));
       const Vec factor = keep_bits(div(set(kLevels), positive), nonzero_bits(largest));

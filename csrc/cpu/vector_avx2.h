@@ -20,6 +20,8 @@ inline Vec floor(Vec a) { return _mm256_floor_ps(a); }
 // the second where either is NaN
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+// NaN where either is
+inline Vec largest_of(Vec a, Vec b) { return _mm256_blendv_ps(max(b, a), b, _mm256_cmp_ps(b, b, _CMP_UNORD_Q)); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 
 // one bit an element, the lowest first

@@ -21,6 +21,8 @@ inline Vec floor(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF |
 // the second where either is NaN
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+// NaN where either is
+inline Vec largest_of(Vec a, Vec b) { return _mm512_mask_mov_ps(max(b, a), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), b); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
 
 // one bit an element, the lowest first

@@ -1,6 +1,6 @@
 // 3x3 convolutions of stride 1 as Winograd's F(2x2, 3x3): 16 products for the four outputs of a 2x2 patch where the sum over taps
 // takes 36 (S. Winograd, 1980; A. Lavin and S. Gray, CVPR 2016). A dilated convolution is as many plain ones on the interleaved
-// grids of its phases. Transforms and products run in single precision. Included inside the namespace of the instruction set.
+// grids of its phases. Transforms and products run in single precision; an infinity may become NaN in its patches. Included inside the namespace of the instruction set.
 
 constexpr int64_t kPositions = 16;
 // patches of a tile at most: four pixels each

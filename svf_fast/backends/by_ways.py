@@ -58,10 +58,6 @@ class WaysBackend:
     ) -> Tensor:  # fmt: skip
         return self._composed.convolve(x, weight, bias, geometry, residual, relu, memory_format)
 
-    def recheck(self, *sources: Tensor) -> None:
-        # nothing is derived from frozen tensors and kept
-        pass
-
     def forward(
         self, x: Tensor, layer: Layer, residual: Tensor | None, keep_z: str, keep_mask: bool,
         memory_format: torch.memory_format,

@@ -84,9 +84,6 @@ class ComposedBackend:
     def scale_groups(self, x: Tensor, geometry: Geometry, pixels: int) -> int:
         return 1
 
-    def recheck(self, *sources: Tensor) -> None:
-        pass
-
 
 def v_convolution(x: Tensor, layer: Layer, memory_format: torch.memory_format) -> Tensor:
     """z [N, R, Ho, Wo] in x's dtype."""

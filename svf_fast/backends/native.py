@@ -14,17 +14,13 @@ from torch import Tensor
 from svf_fast import bits
 from svf_fast.backends import composed_cosine
 from svf_fast.backends.composed import ComposedBackend
-from svf_fast.backends.packed import DerivedTensors
+from svf_fast.backends.packed import DTYPES, PackedWeights
 from svf_fast.contract import Geometry, Kept, Layer, Needs, dense, memory_format_of
 from svf_fast.quantize import GROUP_PIXELS
 from svf_fast.vendor import empty
 
-_DTYPES = (torch.float32, torch.bfloat16)
-# Fewer channels than this, and the transforms of Winograd's products cost more than they save.
-_WINOGRAD_CHANNELS = 32
 # Support positions whose features are copied into rows at a time.
 _SUPPORT_ROWS = 1024
-_WINOGRAD_WEIGHTS = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 
 
 def library_path() -> Path | None:
@@ -53,8 +49,10 @@ def load() -> str | None:
         "keep_masked",
     ):
         torch.library.register_fake(f"svf_fast_cpp::{name}", lambda *arguments: None)
+    # how many bytes depends on the instruction set
     torch.library.register_fake(
-        "svf_fast_cpp::pack", lambda matrix, half: matrix.new_empty(matrix.numel() * 4, dtype=torch.uint8)
+        "svf_fast_cpp::pack",
+        lambda matrix, half: matrix.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8),
     )
     return None
 
@@ -106,9 +104,6 @@ class NativeBackend:
     def scale_groups(self, x: Tensor, geometry: Geometry, pixels: int) -> int:
         return _scale_groups(pixels) if _takes(x, geometry, memory_format_of(x)) else 1
 
-    def recheck(self, *sources: Tensor) -> None:
-        self._weights.recheck(*sources)
-
     def packed_bytes(self) -> int:
         """Bytes of all packed weights of models that are still there."""
         return self._weights.held_bytes()
@@ -140,13 +135,14 @@ class NativeBackend:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, residual: Tensor | None, relu: bool,
         memory_format: torch.memory_format,
     ) -> Tensor:  # fmt: skip
-        if not _takes(x, geometry, memory_format):
+        # what has no derivative here, or is not to be run, has to be seen as stock operations
+        if not _takes(x, geometry, memory_format) or _is_traced():
             return self._composed.convolve(x, weight, bias, geometry, residual, relu, memory_format)
         right, is_winograd = self._weights.right(weight, geometry, x.dtype)
         y = empty((len(x), len(weight), *geometry.output_size(x.shape[2:], weight.shape[2:])), x, torch.channels_last)
         self._ops.forward(
             _rows(x), right, is_winograd, None, None, _vector(bias), _rows(residual), y, None, None, None, relu,
-            _flat(geometry, weight),
+            _flat(geometry, weight.shape[2:]),
         )  # fmt: skip
         return y
 
@@ -177,14 +173,14 @@ class NativeBackend:
         stride = layer.geometry if is_fused else Geometry()
         self._ops.backward(
             _rows(dy), mask, left, _vector(layer.s), kept.z if needs.ds else None,
-            kept.z_scale if needs.ds and kept.z_scale.numel() else None, right, dx, d, ds, _flat(stride, layer.v),
+            kept.z_scale if needs.ds and kept.z_scale.numel() else None, right, dx, d, ds, _flat(stride),
         )  # fmt: skip
         if dx is not None and not is_fused:
             dx = self._data_gradient(dx, layer, size)
         return nothing if dx is None else dx, nothing if ds is None else ds, nothing if d is None else d
 
     def max_cosine(self, query: Tensor, support: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-        is_taken = query.dtype in _DTYPES
+        is_taken = query.dtype in DTYPES
         return composed_cosine.max_cosine(query, support, mask, eps, self._search if is_taken else None)
 
     def _search(
@@ -224,7 +220,7 @@ class NativeBackend:
             _rows(x), right, is_winograd, self._weights.left(layer.u, layer.scale, x.dtype), _vector(layer.s),
             _vector(layer.shift), _rows(residual), y, z if z.numel() else None,
             z_scale if z.dtype == torch.int8 else None, mask if keep_mask else None, layer.relu,
-            _flat(layer.geometry if right is not None else Geometry(), layer.v),
+            _flat(layer.geometry, layer.v.shape[2:]) if right is not None else _flat(Geometry()),
         )  # fmt: skip
         if z_scale.numel() and z.dtype != torch.int8:
             in_full, z = z, torch.empty_like(z, dtype=torch.int8)
@@ -237,7 +233,7 @@ class NativeBackend:
         geometry = layer.geometry
         if geometry.stride != (1, 1):
             right = self._weights.right_transposed(layer.v, g.dtype)
-            self._ops.data_gradient(g, right, dx, _flat(geometry, layer.v))
+            self._ops.data_gradient(g, right, dx, _flat(geometry, layer.v.shape[2:]))
             return dx
         # at stride 1 it is the convolution of g by the taps turned round
         right, is_winograd = self._weights.right_turned(layer.v, geometry, g.dtype)
@@ -247,7 +243,7 @@ class NativeBackend:
         )
         turned = geometry._replace(padding=(around[0], around[1]))
         self._ops.forward(
-            g, right, is_winograd, None, None, None, None, dx, None, None, None, False, _flat(turned, layer.v)
+            g, right, is_winograd, None, None, None, None, dx, None, None, None, False, _flat(turned, layer.v.shape[2:])
         )
         return dx
 
@@ -257,7 +253,7 @@ class _StockAroundMasks(ComposedBackend):
 
     @staticmethod
     def pack_nonzero(values: Tensor) -> Tensor:
-        if values.dtype not in _DTYPES:
+        if values.dtype not in DTYPES:
             return bits.pack_nonzero(values)
         mask = torch.empty(bits.packed_bytes(values.numel()), dtype=torch.uint8)
         torch.ops.svf_fast_cpp.pack_mask(values, mask)
@@ -265,84 +261,11 @@ class _StockAroundMasks(ComposedBackend):
 
     @staticmethod
     def keep_masked(values: Tensor, mask: Tensor) -> Tensor:
-        if values.dtype not in _DTYPES:
+        if values.dtype not in DTYPES:
             return bits.keep_masked(values, mask)
         out = torch.empty_like(values)
         torch.ops.svf_fast_cpp.keep_masked(values, mask, out)
         return out
-
-
-class PackedWeights:
-    """A layer's frozen factors in the order in which the kernels read them, packed once."""
-
-    def __init__(self, ops: Any) -> None:
-        self._ops = ops
-        self._derived = DerivedTensors()
-
-    def recheck(self, *sources: Tensor) -> None:
-        """The values of `sources` may have changed unseen."""
-        self._derived.recheck(*sources)
-
-    def held_bytes(self) -> int:
-        """Bytes of all that is packed now."""
-        return self._derived.held_bytes()
-
-    def right(self, v: Tensor, geometry: Geometry, dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """v [R, Ci, Kh, Kw] for the convolution, and whether transformed for Winograd's products."""
-        is_winograd = self._is_winograd(v, geometry, dtype)
-
-        def taps() -> Tensor:
-            return v.permute(2, 3, 1, 0)
-
-        return self._packed("right", (v,), is_winograd, dtype, taps), is_winograd
-
-    def right_turned(self, v: Tensor, geometry: Geometry, dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """The same for the data gradient of a convolution of stride 1: taps in reverse, channels swapped."""
-        is_winograd = self._is_winograd(v, geometry, dtype)
-
-        def taps() -> Tensor:
-            return v.flip(2, 3).permute(2, 3, 0, 1)
-
-        return self._packed("right turned", (v,), is_winograd, dtype, taps), is_winograd
-
-    def right_transposed(self, v: Tensor, dtype: torch.dtype) -> Tensor:
-        """v for the data gradient of a strided or 1x1 convolution: channels swapped."""
-        return self._packed("right transposed", (v,), False, dtype, lambda: v.permute(2, 3, 0, 1))
-
-    def left(self, u: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """scale ⊙ u [Co, R] for the projection."""
-        return self._packed("left", (u, scale), False, dtype, lambda: _scaled(u, scale).mT[None, None])
-
-    def left_transposed(self, u: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """scale ⊙ u for the projection's gradient."""
-        return self._packed("left transposed", (u, scale), False, dtype, lambda: _scaled(u, scale)[None, None])
-
-    def _is_winograd(self, v: Tensor, geometry: Geometry, dtype: torch.dtype) -> bool:
-        return (
-            v.shape[2:] == (3, 3)
-            and geometry.stride == (1, 1)
-            and min(v.shape[:2]) >= _WINOGRAD_CHANNELS
-            and (dtype == torch.float32 or not self._ops.has_half_products())
-        )
-
-    def _packed(
-        self, purpose: str, sources: tuple[Tensor | None, ...], is_winograd: bool, dtype: torch.dtype, taps: Any
-    ) -> Tensor:
-        def derive() -> Tensor:
-            weight = taps()  # [Kh, Kw, k, n]
-            if is_winograd:
-                # G g Gᵀ
-                g = torch.tensor(_WINOGRAD_WEIGHTS, dtype=torch.float64)
-                weight = torch.einsum("ih,jw,hwkn->ijkn", g, g, weight.double()).float()
-            elif weight.dtype not in _DTYPES:
-                weight = weight.float()
-            return self._ops.pack(weight.reshape(-1, *weight.shape[2:]), dtype == torch.bfloat16)
-
-        return self._derived.get((purpose, is_winograd, dtype, self._ops.instruction_set()), sources, derive)
-
-
-def _scaled(u: Tensor, scale: Tensor | None) -> Tensor:
-    return u if scale is None else u.float() * scale.float().unsqueeze(1)
 
 
 def _scale_groups(pixels: int) -> int:
@@ -350,7 +273,17 @@ def _scale_groups(pixels: int) -> int:
 
 
 def _takes(t: Tensor, geometry: Geometry, memory_format: torch.memory_format) -> bool:
-    return t.dtype in _DTYPES and t.numel() > 0 and geometry.groups == 1 and memory_format is torch.channels_last
+    return t.dtype in DTYPES and t.numel() > 0 and geometry.groups == 1 and memory_format is torch.channels_last
+
+
+def _is_traced() -> bool:
+    """Whether something looks at the operations themselves: forward-mode AD, functorch, torch.jit, a dispatch mode."""
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _rows(t: Tensor | None) -> Any:
@@ -362,5 +295,5 @@ def _vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
-def _flat(geometry: Geometry, v: Tensor) -> list[int]:
-    return [*v.shape[2:], *geometry.stride, *geometry.padding, *geometry.dilation]
+def _flat(geometry: Geometry, taps: Sequence[int] = (1, 1)) -> list[int]:
+    return [*taps, *geometry.stride, *geometry.padding, *geometry.dilation]

@@ -1,84 +1,159 @@
-"""What native kernels derive once from frozen tensors (packed and transformed weights), kept while the sources live and are unchanged.
-Knows tensors, no layer."""
+"""A layer's frozen factors in the order in which the compiled kernels read them, packed once and kept while the layer lives and they
+are unchanged. Knows tensors and the op that packs, no layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+import threading
+import zlib
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from svf_fast.contract import Geometry
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Fewer channels than this, and the transforms of Winograd's products cost more than they save.
+_WINOGRAD_CHANNELS = 32
+_WINOGRAD_WEIGHTS = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+
+_changes_unseen = 0
 
 
-class _Entry(NamedTuple):
-    # no strong reference: a model that is gone frees what was derived from it
-    storages: tuple[StorageWeakRef, ...]
-    versions: tuple[int, ...]
-    sums: tuple[int, ...]
+def recheck() -> None:
+    """Values may have been written through `.data`, which leaves no trace: they are compared once more before they count."""
+    global _changes_unseen
+    _changes_unseen += 1
+
+
+@dataclass
+class _Entry:
+    """What was derived, and from what."""
+
+    state: Hashable
+    # a copy of the vector that was folded in
+    scale: Tensor | None
+    checksum: int
+    # of `_changes_unseen` when the checksum was last compared
+    seen: int
     derived: Tensor
 
 
 class DerivedTensors:
-    """Tensors by what they were derived for and from. A source counts as unchanged while its storage and version counter are the
-    same; writes through `.data` leave no trace there: after `recheck` its values are compared as well, once."""
+    """What was derived from a parameter, by purpose; it goes with the parameter. Other tensors have no owner who would say that they
+    changed (`train()`, `eval()`): what is derived from those is not kept."""
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, _Entry] = {}
-        self._doubtful: set[Hashable] = set()
+        # a lock: several threads may run one model
+        self._lock = threading.Lock()
+        self._of: Any = WeakTensorKeyDictionary()
 
-    def get(self, purpose: Hashable, sources: tuple[Tensor | None, ...], derive: Callable[[], Tensor]) -> Tensor:
-        """`derive()`, or what it returned before for the same purpose and unchanged sources."""
-        given = [t for t in sources if t is not None]
-        try:
-            key = (purpose, tuple(None if t is None else _place(t) for t in sources))
-            versions = tuple(t._version for t in given)
-        except RuntimeError:
-            # inference tensors count no versions, vmap's have no storage
+    def get(self, purpose: Hashable, source: Tensor, scale: Tensor | None, derive: Callable[[], Tensor]) -> Tensor:
+        """`derive()`, or what it returned before for the same purpose, unchanged `source` and the same values of `scale`."""
+        if not isinstance(source, nn.Parameter) or source.is_inference():
             return derive()
-        entry = self._entries.get(key)
-        if key in self._doubtful:
-            self._doubtful.discard(key)
-            if entry is not None and entry.sums != _sums(given):
-                entry = None
-        # an address that a new storage took over belongs to another tensor
-        if entry is None or entry.versions != versions or any(ref.expired() for ref in entry.storages):
-            self._drop_expired()
-            with torch.inference_mode(False), torch.no_grad():
-                derived = derive()
-            storages = tuple(StorageWeakRef(t.untyped_storage()) for t in given)
-            entry = _Entry(storages, versions, _sums(given), derived)
-            self._entries[key] = entry
+        state = (source._version, source.data_ptr(), source.dtype, source.shape, source.stride())
+        with self._lock:
+            entry = self._of.setdefault(source, {}).get(purpose)
+        if entry is not None and entry.state == state and _is_same(entry.scale, scale):
+            if entry.seen == _changes_unseen:
+                return entry.derived
+            if entry.checksum == _checksum(source):
+                entry.seen = _changes_unseen
+                return entry.derived
+        with torch.inference_mode(False), torch.no_grad():
+            copied = None if scale is None else scale.detach().clone()
+            entry = _Entry(state, copied, _checksum(source), _changes_unseen, derive())
+        with self._lock:
+            self._of.setdefault(source, {})[purpose] = entry
         return entry.derived
-
-    def recheck(self, *sources: Tensor) -> None:
-        """The values of `sources` may have changed unseen."""
-        places = set()
-        for t in sources:
-            try:
-                places.add(_place(t))
-            except RuntimeError:
-                continue
-        self._doubtful |= {key for key in self._entries if places.intersection(key[1])}  # type: ignore[index]
 
     def held_bytes(self) -> int:
         """Bytes of all that is kept now."""
-        self._drop_expired()
-        return sum(e.derived.untyped_storage().nbytes() for e in self._entries.values())
-
-    def _drop_expired(self) -> None:
-        self._entries = {k: e for k, e in self._entries.items() if not any(ref.expired() for ref in e.storages)}
+        with self._lock:
+            kept = [entry for purposes in self._of.values() for entry in purposes.values()]
+        return sum(entry.derived.numel() * entry.derived.element_size() for entry in kept)
 
 
-def _place(t: Tensor) -> Hashable:
-    return t.data_ptr(), t.dtype, tuple(t.shape), t.stride()
+def _is_same(kept: Tensor | None, given: Tensor | None) -> bool:
+    if kept is None or given is None:
+        return kept is given
+    return kept.dtype == given.dtype and torch.equal(kept, given)
 
 
-def _sums(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Two sums of each tensor's bits, over all and over the first half: a change of values changes one of them."""
-    found: list[int] = []
-    for t in tensors:
-        raw = t.detach().flatten()
-        raw = raw.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[raw.element_size()])
-        found += [int(raw.sum()), int(raw[: len(raw) // 2].sum())]
-    return tuple(found)
+def _checksum(t: Tensor) -> int:
+    """CRC-32 of a CPU tensor's values in memory order."""
+    raw = t.detach()
+    if raw.ndim == 4 and raw.is_contiguous(memory_format=torch.channels_last):
+        raw = raw.permute(0, 2, 3, 1)
+    return zlib.crc32(raw.contiguous().view(torch.uint8).numpy().data)
+
+
+class PackedWeights:
+    """Factors packed for the kernels of the instruction set in force; `ops` is the namespace of the compiled extension."""
+
+    def __init__(self, ops: Any) -> None:
+        self._ops = ops
+        self._derived = DerivedTensors()
+
+    def held_bytes(self) -> int:
+        """Bytes of all that is packed now."""
+        return self._derived.held_bytes()
+
+    def right(self, v: Tensor, geometry: Geometry, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """v [R, Ci, Kh, Kw] for the convolution, and whether transformed for Winograd's products."""
+        is_winograd = self._is_winograd(v, geometry, dtype)
+        return self._packed("right", v, None, is_winograd, dtype, lambda: v.permute(2, 3, 1, 0)), is_winograd
+
+    def right_turned(self, v: Tensor, geometry: Geometry, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """The same for the data gradient of a convolution of stride 1: taps in reverse, channels swapped."""
+        is_winograd = self._is_winograd(v, geometry, dtype)
+
+        def turned() -> Tensor:
+            return v.flip(2, 3).permute(2, 3, 0, 1)
+
+        return self._packed("right turned", v, None, is_winograd, dtype, turned), is_winograd
+
+    def right_transposed(self, v: Tensor, dtype: torch.dtype) -> Tensor:
+        """v for the data gradient of a strided or 1x1 convolution: channels swapped."""
+        return self._packed("right transposed", v, None, False, dtype, lambda: v.permute(2, 3, 0, 1))
+
+    def left(self, u: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """scale ⊙ u [Co, R] for the projection."""
+        return self._packed("left", u, scale, False, dtype, lambda: _scaled(u, scale).mT[None, None])
+
+    def left_transposed(self, u: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """scale ⊙ u for the projection's gradient."""
+        return self._packed("left transposed", u, scale, False, dtype, lambda: _scaled(u, scale)[None, None])
+
+    def _is_winograd(self, v: Tensor, geometry: Geometry, dtype: torch.dtype) -> bool:
+        return (
+            v.shape[2:] == (3, 3)
+            and geometry.stride == (1, 1)
+            and min(v.shape[:2]) >= _WINOGRAD_CHANNELS
+            and (dtype == torch.float32 or not self._ops.has_half_products())
+        )
+
+    def _packed(
+        self, purpose: str, source: Tensor, scale: Tensor | None, is_winograd: bool, dtype: torch.dtype,
+        taps: Callable[[], Tensor],
+    ) -> Tensor:  # fmt: skip
+        def derive() -> Tensor:
+            weight = taps()  # [Kh, Kw, k, n]
+            if is_winograd:
+                # G g Gᵀ
+                g = torch.tensor(_WINOGRAD_WEIGHTS, dtype=torch.float64)
+                weight = torch.einsum("ih,jw,hwkn->ijkn", g, g, weight.double()).float()
+            elif weight.dtype not in DTYPES:
+                weight = weight.float()
+            return self._ops.pack(weight.reshape(-1, *weight.shape[2:]), dtype == torch.bfloat16)
+
+        key = (purpose, is_winograd, dtype, self._ops.instruction_set())
+        return self._derived.get(key, source, scale, derive)
+
+
+def _scaled(u: Tensor, scale: Tensor | None) -> Tensor:
+    return u if scale is None else u.float() * scale.float().unsqueeze(1)

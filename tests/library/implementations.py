@@ -20,10 +20,12 @@ IMPLEMENTATIONS = list(dict.fromkeys([STOCK, *NATIVE[:1], *NATIVE[-1:]]))
 def running_on(name: str) -> Iterator[None]:
     """Every svf_fast op in that implementation."""
     backend, _, instruction_set = name.partition(" ")
-    if instruction_set:
-        before = torch.ops.svf_fast_cpp.instruction_set()
-        torch.ops.svf_fast_cpp.use_instruction_set(instruction_set)
-    with svf_fast.backend(backend):
-        yield
-    if instruction_set:
-        torch.ops.svf_fast_cpp.use_instruction_set(before)
+    before = torch.ops.svf_fast_cpp.instruction_set() if instruction_set else ""
+    try:
+        if instruction_set:
+            torch.ops.svf_fast_cpp.use_instruction_set(instruction_set)
+        with svf_fast.backend(backend):
+            yield
+    finally:
+        if instruction_set:
+            torch.ops.svf_fast_cpp.use_instruction_set(before)

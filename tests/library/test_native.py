@@ -4,8 +4,11 @@ columns, Winograd's patches, several tiles and threads; and what is kept of pack
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -132,41 +135,99 @@ def test_merged_convolutions_in_evaluation() -> None:
                 conv.weight.mul_(1.5)
 
 
+def make_layer() -> tuple[svf_fast.SVFConv2d, Tensor]:
+    """A layer whose factors are packed for Winograd's products, and a picture."""
+    layer = svf_fast.SVFConv2d.from_conv(nn.Conv2d(40, 48, 3, padding=1, bias=False))
+    return layer, torch.randn(1, 40, 9, 7).contiguous(memory_format=torch.channels_last)
+
+
+def stock(layer: nn.Module, x: Tensor) -> Tensor:
+    with svf_fast.backend("torch"):
+        return layer(x)
+
+
 def test_packed_weights_follow_their_sources() -> None:
-    """In-place changes, new tensors at an old address, another instruction set: never a stale weight; `.data` at the next mode."""
-    case = CASES[0]
-    problem = make_problem(case, torch.float32, EXTRAS[5], memory_format=torch.channels_last)
+    """In-place changes, state dicts, replaced data, another instruction set: never a stale weight."""
+    layer, x = make_layer()
+    layer(x)
+    with torch.no_grad():
+        layer.v.mul_(0.5)
+    assert_close({"y": layer(x)}, {"y": stock(layer, x)}, torch.float32)
+    layer.load_state_dict(make_layer()[0].state_dict())
+    assert_close({"y": layer(x)}, {"y": stock(layer, x)}, torch.float32)
+    layer.u.data = torch.randn_like(layer.u)
+    assert_close({"y": layer(x)}, {"y": stock(layer, x)}, torch.float32)
+    for name in NATIVE:
+        with running_on(name):
+            assert_close({"y": layer(x)}, {"y": stock(layer, x)}, torch.float32)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad], ids=["training", "merged"])
+def test_writes_through_data_are_noticed_at_the_next_train_or_eval(mode: Any) -> None:
+    layer, x = make_layer()
+    with mode():
+        layer(x)
+        # rows that change places, signs that turn: sums would stay
+        layer.u.data[[0, 1]] = layer.u.data[[1, 0]]
+        layer.v.data[:24].neg_()
+        # whichever backend is chosen then
+        with svf_fast.backend("torch"):
+            layer.train()
+        assert_close({"y": layer(x)}, {"y": stock(layer, x)}, torch.float32)
+
+
+def test_nothing_is_kept_of_tensors_that_no_module_owns() -> None:
+    """Nobody says when their values change."""
+    problem = make_problem(CASES[0], torch.float32, EXTRAS[5], memory_format=torch.channels_last)
     problem.run()
-    problem.v.mul_(0.5)
-    problem.vectors["scale"].add_(0.25)
+    problem.u.data.mul_(2)
+    problem.vectors["scale"].data.add_(0.25)
     out = problem.run()
     assert_close(out, problem.reference(out["y"]), torch.float32)
-    for seed in range(4):
-        # freed and allocated again: likely at the same address
-        problem = make_problem(case, torch.float32, EXTRAS[5], memory_format=torch.channels_last, seed=seed)
-        out = problem.run()
-        assert_close(out, problem.reference(out["y"]), torch.float32)
-        del problem
-    layer = svf_fast.SVFConv2d.from_conv(nn.Conv2d(40, 48, 3, padding=1))
-    x = torch.randn(1, 40, 9, 7).contiguous(memory_format=torch.channels_last)
-    before = layer(x)
-    layer.u.data.mul_(2)
-    layer.train()
-    assert torch.allclose(
-        layer(x) - layer.bias.view(1, -1, 1, 1), 2 * (before - layer.bias.view(1, -1, 1, 1)), atol=1e-4
-    )
 
 
 def test_packed_weights_go_with_their_model() -> None:
     backend = backends.select(torch.device("cpu"))
     assert isinstance(backend, native.NativeBackend)
+    kept = backend._weights._derived._of
+    before = len(kept)
+    layer, x = make_layer()
     held = backend.packed_bytes()
-    layer = svf_fast.SVFConv2d.from_conv(nn.Conv2d(64, 64, 3, padding=1))
-    layer(torch.randn(1, 64, 9, 7).contiguous(memory_format=torch.channels_last)).sum().backward()
-    # forward: Winograd's 16 positions of V and U; backward: U
-    assert backend.packed_bytes() - held >= 4 * 64 * 64 * 18
+    layer(x).sum().backward()
+    # forward: Winograd's 16 positions of V, and U; backward: U
+    assert len(kept) == before + 2
+    assert backend.packed_bytes() - held >= 4 * 40 * 48 * 16
     del layer
-    assert backend.packed_bytes() <= held
+    gc.collect()
+    assert len(kept) == before
+
+
+def test_threads_share_a_model() -> None:
+    """Several at once, on packed weights that are not there yet."""
+    layer, x = make_layer()
+    expected = stock(layer, x)
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(lambda _: layer(x), range(16)):
+            assert_close({"y": y}, {"y": expected}, torch.float32)
+
+
+def test_what_looks_at_the_operations_sees_stock_ones() -> None:
+    """Forward-mode derivatives and traces of the evaluation path."""
+    layer, x = make_layer()
+    layer.requires_grad_(False).eval()
+    tangent = torch.randn_like(x)
+    y, dy = torch.func.jvp(layer, (x,), (tangent,))
+    assert_close({"y": dy}, {"y": layer(tangent)}, torch.float32)
+    traced = torch.jit.trace(layer, x)
+    assert_close({"y": traced(x)}, {"y": y}, torch.float32)
+
+
+@pytest.mark.parametrize("pixel", [0, 31, 62])
+@pytest.mark.parametrize("case", [CASES[0], CASES[12]], ids=str)
+def test_int8_keeps_what_is_not_a_number(case: ConvCase, pixel: int) -> None:
+    problem = make_problem(case, torch.float32, {}, memory_format=torch.channels_last)
+    problem.x[0, :, pixel // case.size[1], pixel % case.size[1]] = float("nan")
+    assert problem.run("int8")["ds"].isnan().all()
 
 
 def test_a_relu_stops_what_is_not_finite() -> None:
@@ -198,3 +259,11 @@ def test_a_weight_packed_for_another_layer_is_refused() -> None:
     x, y = (torch.zeros(1, c, 3, 3).contiguous(memory_format=torch.channels_last) for c in (40, 100))
     with pytest.raises(RuntimeError, match="right was packed for another layer or instruction set"):
         ops.forward(x, packed, False, None, None, None, None, y, None, None, None, False, [1, 1, 1, 1, 0, 0, 1, 1])
+    with pytest.raises(RuntimeError, match="extents do not fit"):
+        ops.forward(x, packed, False, None, None, None, None, y, None, None, None, False, [3, 3, 1, 1, 0, 0, 1, 1])
+    with pytest.raises(RuntimeError, match="geometry must be eight integers"):
+        ops.data_gradient(y, packed, x, [])
+    with pytest.raises(RuntimeError, match=r"z must be \[1, 100, 3, 3\]"):
+        ops.forward(
+            x, packed, False, None, None, None, None, y, y[:, :, :2], None, None, False, [1, 1, 1, 1, 0, 0, 1, 1]
+        )

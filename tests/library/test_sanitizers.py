@@ -1,4 +1,5 @@
-"""The CPU kernels under the address and undefined-behaviour sanitizers: no access outside a tensor or a buffer, no overflow."""
+"""The CPU kernels under the address and undefined-behaviour sanitizers: no access outside a tensor or a
+buffer, whose memory is handed out exactly and filled with NaN, no overflow."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [*sorted((ROOT / "csrc").glob("*.cpp")), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
 FLAGS = [
     "-O1", "-g", "-std=c++20", "-fPIC", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=undefined", "-Wno-maybe-uninitialized", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-fno-sanitize-recover=undefined", "-fno-strict-aliasing",
+    "-DSVF_FAST_EXACT_SCRATCH", "-Wno-maybe-uninitialized", "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]  # fmt: skip
 # the tests run in a process of their own, on the instrumented library
 PROGRAM = """
