@@ -99,13 +99,35 @@ def known_archs() -> list[str]:
     return [arch for arch in CUDA_ARCHS.split(";") if f"sm_{arch}" in known or f"sm_{arch.rstrip('a')}" in known]
 
 
+def wgmma_flag() -> list[str]:
+    """The define for kernels that only sm_90a has."""
+    return ["-DSVF_FAST_HAS_SM90A"] if "90a" in known_archs() else []
+
+
 def compile_cuda(source: str, folder: Path) -> str:
     """One .cu file for all architectures; the object."""
     target = folder / f"{Path(source).name}.o"
     target.parent.mkdir(parents=True, exist_ok=True)
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known_archs()]
-    subprocess.run(["nvcc", *NVCC_FLAGS, *codes, "-c", source, "-o", str(target)], check=True)
+    # devices that are newer than all of these compile the oldest one's PTX
+    oldest = min(known_archs(), key=lambda arch: int(re.sub(r"\D", "", arch)))
+    codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
+    subprocess.run(["nvcc", *NVCC_FLAGS, *wgmma_flag(), *codes, "-c", source, "-o", str(target)], check=True)
     return str(target)
+
+
+def add_cuda(module: Any, folder: Path) -> None:
+    """Compiles the CUDA kernels into `folder` and adds them and their binding to the extension; all of it or nothing."""
+    toolkit = cuda_root()
+    kernels = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/cuda/*.cu"))]
+    module.extra_objects += [compile_cuda(source, folder) for source in kernels]
+    module.sources.append("csrc/cuda/binding.cpp")
+    module.include_dirs.append(str(toolkit / "include"))
+    module.library_dirs.append(str(toolkit / "lib64"))
+    module.libraries += ["cudart_static", "dl", "rt", "pthread"]
+    module.extra_compile_args += wgmma_flag()
+    # the current stream comes from libtorch_cuda where that is there: a weak symbol, found through libtorch
+    module.extra_link_args += ["-Wl,--no-as-needed", "-ltorch"]
 
 
 def extension() -> dict[str, Any]:
@@ -114,24 +136,22 @@ def extension() -> dict[str, Any]:
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    folders = ["csrc", "csrc/cpu"]
-    options: dict[str, Any] = {"include_dirs": [str(ROOT / "csrc" / "cpu")], "extra_link_args": ["-s"]}
+    options: dict[str, Any] = {
+        "include_dirs": [str(ROOT / "csrc" / "cpu")], "extra_link_args": ["-s"], "extra_compile_args": list(FLAGS),
+    }  # fmt: skip
     has_cuda = is_built("SVF_FAST_BUILD_CUDA", "without CUDA kernels in C++", why_no_cuda())
-    if has_cuda:
-        folders.append("csrc/cuda")
-        toolkit = cuda_root()
-        options["include_dirs"].append(str(toolkit / "include"))
-        options["library_dirs"] = [str(toolkit / "lib64")]
-        options["libraries"] = ["cudart_static", "dl", "rt", "pthread"]
-        # the current stream comes from libtorch_cuda where that is there: a weak symbol, found through libtorch
-        options["extra_link_args"] += ["-Wl,--no-as-needed", "-ltorch"]
 
     class Build(BuildExtension):  # type: ignore[misc]
         def build_extensions(self) -> None:
+            (module,) = self.extensions
             try:
-                for module in self.extensions if has_cuda else ():
-                    kernels = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/cuda/*.cu"))]
-                    module.extra_objects += [compile_cuda(source, Path(self.build_temp) / "cuda") for source in kernels]
+                if has_cuda:
+                    add_cuda(module, Path(self.build_temp) / "cuda")
+            except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                if toggle("SVF_FAST_BUILD_CUDA") == "1":
+                    raise SystemExit(f"svf_fast: SVF_FAST_BUILD_CUDA=1, but nvcc failed: {error}") from error
+                say(f"installed without CUDA kernels in C++: nvcc failed: {error}")
+            try:
                 super().build_extensions()
             except Exception as error:
                 if "1" in (toggle("SVF_FAST_BUILD_CPP"), toggle("SVF_FAST_BUILD_CUDA")):
@@ -144,8 +164,10 @@ def extension() -> dict[str, Any]:
                     self.get_finalized_command("bdist_wheel").root_is_pure = True
 
     # relative, as setuptools wants them
-    sources = [str(p.relative_to(ROOT)) for folder in folders for p in sorted(ROOT.glob(f"{folder}/*.cpp"))]
-    module = CppExtension("svf_fast._C", sources, extra_compile_args=FLAGS, py_limited_api=True, **options)
+    sources = [
+        str(p.relative_to(ROOT)) for folder in ("csrc", "csrc/cpu") for p in sorted(ROOT.glob(f"{folder}/*.cpp"))
+    ]
+    module = CppExtension("svf_fast._C", sources, py_limited_api=True, **options)
     return {
         "ext_modules": [module],
         "cmdclass": {"build_ext": Build},

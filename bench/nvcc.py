@@ -45,6 +45,8 @@ _RESERVED = 1024
 _TENSOR_CORES = ("mma.sync", "wgmma.mma_async")
 _WITHOUT_PRODUCTS = ("elementwise", "cosine_backward")
 _PRODUCTS = ("bf16", "fp16", "tf32", "tf32x3")
+# ptxas names the function whose wgmma wait for each other.
+_SERIALISED = r"wgmma\.mma_async instructions are serialized .* in (?:the )?function '(\w+)'"
 # Statements of an empty kernel.
 _SMALLEST_BODY = 4
 
@@ -96,6 +98,7 @@ def costs(source: Path, arch: str) -> Iterator[Cost]:
         command = [
             "nvcc",
             *FLAGS,
+            *(["-DSVF_FAST_HAS_SM90A"] if arch == "90a" else []),
             f"-gencode=arch=compute_{arch},code=sm_{arch}",
             "-Xptxas=-v",
             "--keep",
@@ -106,6 +109,7 @@ def costs(source: Path, arch: str) -> Iterator[Cost]:
             raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
         (ptx,) = Path(folder).glob("*.ptx")
         bodies = dict(_bodies(ptx.read_text(encoding="utf-8")))
+    serialised = set(re.findall(_SERIALISED, done.stderr))
     for said in done.stderr.split("Compiling entry function ")[1:]:
         symbol = said.split("'")[1]
         body = bodies[symbol]
@@ -128,7 +132,7 @@ def costs(source: Path, arch: str) -> Iterator[Cost]:
             threads,
             fitting,
             products,
-            "C7510" in done.stderr,
+            symbol in serialised,
         )
 
 

@@ -56,7 +56,8 @@ def svf_conv2d(
 
     Returns y [N, Co, Ho, Wo] in x's dtype and memory format. Gradients flow to x, s and residual, each computed only
     where asked for. If u, v, bias, scale or shift requires a gradient, the plain composition runs and the memory saving
-    is lost. v and u that are nn.Parameters are packed once by the compiled CPU kernels, other tensors at every call.
+    is lost. The compiled CPU kernels take v and u that are nn.Parameters (or views of them),
+    packed once; other tensors run on stock operations.
     Under autocast x and residual are cast to its dtype, and the op computes in it. Raises ValueError or TypeError naming the
     argument. Double backward raises RuntimeError.
     """

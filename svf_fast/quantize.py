@@ -3,6 +3,7 @@ unbiased, independent of z, and the same inputs give the same bits. Only ds read
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -35,20 +36,34 @@ def _add_noise(values: Tensor, sign: int) -> None:
         part.add_(table[: part.numel()], alpha=sign)
 
 
-def quantize(z: Tensor) -> tuple[Tensor, Tensor]:
-    """z [N, R, H, W] floating → q = ⌊z / scale + u⌋ as int8 of the same shape and layout, and scale [1, R] float32: all pixels
-    are one group.
+def quantize(z: Tensor, group_pixels: int | None = None) -> tuple[Tensor, Tensor]:
+    """z [N, R, H, W] floating → q = ⌊z / scale + u⌋ as int8 of the same shape and layout, and scale [groups, R] float32: one group
+    of all pixels, or one of every `group_pixels`, in the kernels' way GROUP_PIXELS.
 
-    scale is a channel's largest magnitude over 127; u is the noise.
+    scale is a channel's largest magnitude in its group over 127; u is the noise.
     """
     work = z.float()
+    pixels = z.numel() // z.shape[1]
     if z.numel() == 0:
-        return work.to(torch.int8), work.new_zeros(1, z.shape[1])
-    largest = torch.maximum(work.amax((0, 2, 3)), -work.amin((0, 2, 3)))
+        return work.to(torch.int8), work.new_zeros(1 if group_pixels is None else 0, z.shape[1])
+    if group_pixels is None:
+        largest = torch.maximum(work.amax((0, 2, 3)), -work.amin((0, 2, 3))).unsqueeze(0)
+    else:
+        by_pixel = work.abs().permute(0, 2, 3, 1).reshape(pixels, -1)
+        whole = torch.nn.functional.pad(by_pixel, (0, 0, 0, -pixels % group_pixels))
+        largest = whole.view(-1, group_pixels, z.shape[1]).amax(1)
     levels_per_unit = torch.where(largest > 0, LEVELS / largest, 0)
-    work = work * levels_per_unit.view(1, -1, 1, 1)
+    work = work * _of_each(levels_per_unit, z.shape, group_pixels or pixels)
     _add_noise(work, 1)
-    return work.floor_().clamp_(-LEVELS, LEVELS).to(torch.int8), (largest / LEVELS).unsqueeze(0)
+    return work.floor_().clamp_(-LEVELS, LEVELS).to(torch.int8), largest / LEVELS
+
+
+def _of_each(of_groups: Tensor, shape: Sequence[int], group_pixels: int) -> Tensor:
+    """Values [groups, R] as [N, R, H, W], pixel by pixel."""
+    batch, rank, height, width = shape
+    pixels = batch * height * width
+    each = of_groups if len(of_groups) == 1 else of_groups.repeat_interleave(group_pixels, 0)[:pixels]
+    return each.expand(pixels, rank).view(batch, height, width, rank).permute(0, 3, 1, 2)
 
 
 def levels(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,7 +78,4 @@ def levels(q: Tensor, dtype: torch.dtype) -> Tensor:
 
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """z [N, R, H, W] in `dtype` (float32 or float64) from int8 levels and scales [groups, R]."""
-    batch, rank, height, width = q.shape
-    each = scale if len(scale) == 1 else scale.repeat_interleave(GROUP_PIXELS, 0)[: batch * height * width]
-    each = each.expand(batch * height * width, rank).view(batch, height, width, rank).permute(0, 3, 1, 2)
-    return levels(q, dtype).mul_(each)
+    return levels(q, dtype).mul_(_of_each(scale, q.shape, GROUP_PIXELS))

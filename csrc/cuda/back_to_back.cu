@@ -113,11 +113,14 @@ cudaError_t launch(const BackToBackForward& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t back_to_back_forward(const BackToBackForward& p, Products products, int64_t tile, cudaStream_t stream) {
-  if (p.v.rows > kLargestRank) {
+  if (p.v.rows > kLargestRank || (tile != 64 && tile != 128)) {
     return cudaErrorInvalidValue;
   }
   if (tile == 128 && fits_sm90(p, products)) {
-    return back_to_back_forward_sm90(p, products, stream);
+    const cudaError_t status = back_to_back_forward_sm90(p, products, stream);
+    if (status != cudaErrorNotSupported) {
+      return status;
+    }
   }
   return for_products(products, [&](auto constant) {
     constexpr Products P = decltype(constant)::value;

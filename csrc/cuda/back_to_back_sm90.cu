@@ -97,29 +97,34 @@ __device__ __forceinline__ void release(int slot) {
   }
 }
 
+// Starts the products of 64 inputs, once they have arrived.
+template <class Plan, int R>
+__device__ __forceinline__ void multiply_step(float (&z)[R / 2], const Place<Plan::kSlots>& place, int warpgroup) {
+  ptx::wait(Plan::full(place.slot), place.parity);
+  const uint32_t slot = place.slot * Plan::kSlotBytes;
+  const uint64_t x = ptx::wgmma_operand(slot + warpgroup * kRows * kPanelBytes);
+  const uint64_t v = ptx::wgmma_operand(slot + kPixels * kPanelBytes);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    // 16 elements on: 32 bytes, in units of 16
+    ptx::wgmma<Plan::kIsBFloat16>(z, x + 2 * k, v + 2 * k);
+  }
+  ptx::wgmma_commit();
+}
+
 // z [64, R] of a warpgroup, products of the last step but one released as the next are under way.
 template <class Plan, int R>
 __device__ __forceinline__ void first_product(float (&z)[R / 2], Place<Plan::kSlots>& place, int steps, int warpgroup) {
-  int last = 0;
+  // before the loop: where a step may go without a wait, ptxas makes every product wait for the one before it
+  multiply_step<Plan, R>(z, place, warpgroup);
+  int last = place.slot;
+  place.advance();
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    ptx::wait(Plan::full(place.slot), place.parity);
-    const uint32_t slot = place.slot * Plan::kSlotBytes;
-    const uint64_t x = ptx::wgmma_operand(slot + warpgroup * kRows * kPanelBytes);
-    const uint64_t v = ptx::wgmma_operand(slot + kPixels * kPanelBytes);
-    ptx::wgmma_hold(z);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      // 16 elements on: 32 bytes, in units of 16
-      ptx::wgmma<Plan::kIsBFloat16>(z, x + 2 * k, v + 2 * k);
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_hold(z);
-    if (step > 0) {
-      ptx::wgmma_wait<1>();
-      release<Plan>(last);
-    }
+  for (int step = 1; step < steps; ++step) {
+    multiply_step<Plan, R>(z, place, warpgroup);
+    ptx::wgmma_wait<1>();
+    release<Plan>(last);
     last = place.slot;
     place.advance();
   }
@@ -231,7 +236,7 @@ __device__ __forceinline__ void consume(const BackToBackForward& p, const PixelR
 template <class T, int R>
 __global__ void __launch_bounds__(Plan<T, R>::kThreads, 1)
     back_to_back_sm90_kernel(const BackToBackForward p, const Aligned aligned, const __grid_constant__ Maps maps) {
-  // an empty kernel for other architectures: no launcher takes it there
+  // other architectures: no launcher takes it there
   if constexpr (ptx::kHasWgmma) {
     using Plan = Plan<T, R>;
     ptx::declare_shared<Plan::kSharedBytes>();
@@ -254,12 +259,15 @@ __global__ void __launch_bounds__(Plan<T, R>::kThreads, 1)
       ptx::claim_registers<232>();
       consume<Plan, R>(p, residual_rows, first_pixel, aligned);
     }
+  } else {
+    ptx::trap();
   }
 }
 
-// Elements from pixel to pixel where they are equally far apart, else 0.
-int64_t pixel_step(const Picture& picture, const Extent& extent) {
-  const int64_t step = extent.width > 1 ? picture.w : extent.plane > 1 ? picture.h : extent.pixels > 1 ? picture.n : 8;
+// Elements from pixel to pixel where they are equally far apart, else 0. From the only pixel of all it is any that rows of `columns` fit in.
+int64_t pixel_step(const Picture& picture, const Extent& extent, int columns) {
+  const int64_t alone = divide_up(columns, 8) * 8;
+  const int64_t step = extent.width > 1 ? picture.w : extent.plane > 1 ? picture.h : extent.pixels > 1 ? picture.n : alone;
   const bool rows_fit = extent.plane == extent.width || picture.h == extent.width * step;
   const bool pictures_fit = extent.pixels == extent.plane || picture.n == extent.plane * step;
   return rows_fit && pictures_fit ? step : 0;
@@ -269,7 +277,8 @@ template <class T, int R>
 cudaError_t launch(const BackToBackForward& p, cudaStream_t stream) {
   constexpr bool kIsBFloat16 = Plan<T, R>::kIsBFloat16;
   Maps maps;
-  cudaError_t status = ptx::describe(&maps.x, p.x.data, kIsBFloat16, p.extent.pixels, p.v.columns, pixel_step(p.x, p.extent), kPixels);
+  const int64_t step = pixel_step(p.x, p.extent, p.v.columns);
+  cudaError_t status = ptx::describe(&maps.x, p.x.data, kIsBFloat16, p.extent.pixels, p.v.columns, step, kPixels);
   if (status == cudaSuccess) {
     status = ptx::describe(&maps.v, p.v.data, kIsBFloat16, p.v.rows, p.v.columns, p.v.columns, R);
   }
@@ -291,8 +300,9 @@ bool fits_sm90(const BackToBackForward& p, Products products) {
   if (products != Products::kBFloat16 && products != Products::kFloat16) {
     return false;
   }
-  const int64_t step = pixel_step(p.x, p.extent);
-  return step > 0 && is_aligned(p.x.data, 2 * step) && is_aligned<BFloat16>(p.v) && is_aligned<BFloat16>(p.u) && ptx::has_wgmma();
+  const int64_t step = pixel_step(p.x, p.extent, p.v.columns);
+  return kHasSm90a && step >= p.v.columns && is_aligned(p.x.data, 2 * step) && is_aligned<BFloat16>(p.v) && is_aligned<BFloat16>(p.u) &&
+         ptx::has_wgmma();
 }
 
 cudaError_t back_to_back_forward_sm90(const BackToBackForward& p, Products products, cudaStream_t stream) {

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "launch.h"
@@ -55,9 +56,13 @@ void check(cudaError_t status, const char* kernel) {
   STD_TORCH_CHECK(status == cudaSuccess, "the CUDA kernel ", kernel, " could not be launched: ", cudaGetErrorString(status));
 }
 
-// The address of a tensor's first element. The emulator lets kernels touch what lies between its first and its last.
+// The address of a tensor's first element, on the device of the op's Stream. The emulator lets kernels touch what lies between its first
+// and its last.
 void* data(const Tensor& t) {
-#ifdef SVF_FAST_EMULATION
+#ifndef SVF_FAST_EMULATION
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == torch::stable::accelerator::getCurrentDeviceIndex(),
+                  "all tensors of a call must be on one CUDA device");
+#else
   int64_t last = 0;
   for (int64_t i = 0; i < t.dim(); ++i) {
     last += (t.size(i) - 1) * t.stride(i);
@@ -69,6 +74,36 @@ void* data(const Tensor& t) {
 
 void* data(const MaybeTensor& t) { return t ? data(*t) : nullptr; }
 
+// Whether elements follow each other without gaps, dimensions in this order from the outermost on.
+bool is_dense(const Tensor& t, std::initializer_list<int64_t> order) {
+  int64_t expected = t.numel();
+  for (const int64_t i : order) {
+    expected = t.numel() == 0 ? 0 : expected / t.size(i);
+    if (t.numel() != 0 && t.size(i) != 1 && t.stride(i) != expected) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// A dense [N, C, H, W] with adjacent channels.
+bool is_channels_last(const Tensor& t) { return t.dim() == 4 && is_dense(t, {0, 2, 3, 1}); }
+
+// The address of a tensor that is dense in either memory format.
+void* whole(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous() || is_channels_last(t), name, " must be dense");
+  return data(t);
+}
+
+// Activations [N, C, H, W] as the products' kernels read and write them.
+void* rows(const Tensor& t, ScalarType type, int64_t count, const char* name) {
+  STD_TORCH_CHECK(is_channels_last(t) && t.scalar_type() == type && t.numel() == count, name, " must be a dense [N, C, H, W] of ", count,
+                  " elements of type ", toString(type), " with adjacent channels");
+  return data(t);
+}
+
+void* rows(const MaybeTensor& t, ScalarType type, int64_t count, const char* name) { return t ? rows(*t, type, count, name) : nullptr; }
+
 // A dense tensor of one type and size, or null.
 template <class T>
 T* dense(const MaybeTensor& t, ScalarType type, int64_t count, const char* name) {
@@ -77,25 +112,29 @@ T* dense(const MaybeTensor& t, ScalarType type, int64_t count, const char* name)
   }
   STD_TORCH_CHECK(t->scalar_type() == type && t->numel() == count, name, " must have ", count, " elements of type ", toString(type),
                   ", got ", t->numel(), " of type ", toString(t->scalar_type()));
-  return static_cast<T*>(data(t));
+  return static_cast<T*>(whole(*t, name));
 }
 
 float* floats(const MaybeTensor& t, int64_t count, const char* name) { return dense<float>(t, ScalarType::Float, count, name); }
 
-// [N, C, H, W] whose channels are adjacent.
-Picture picture(const MaybeTensor& t, const char* name) {
+// [N, C, H, W] whose channels are adjacent, of `like`'s type, pictures and pixels.
+Picture picture(const MaybeTensor& t, const Tensor& like, int64_t channels, const char* name) {
   if (!t) {
     return {};
   }
-  STD_TORCH_CHECK(t->dim() == 4 && (t->size(1) == 1 || t->stride(1) == 1), name, " must be [N, C, H, W] with adjacent channels");
+  STD_TORCH_CHECK(t->dim() == 4 && (channels == 1 || t->stride(1) == 1), name, " must be [N, C, H, W] with adjacent channels");
+  STD_TORCH_CHECK(t->scalar_type() == like.scalar_type() && t->size(0) == like.size(0) && t->size(1) == channels &&
+                      t->size(2) == like.size(2) && t->size(3) == like.size(3),
+                  name, " must be of the type and size of what it goes with, with ", channels, " channels");
   const auto stride = [&](int64_t i) { return t->size(i) == 1 ? 0 : t->stride(i); };
   return {data(t), stride(0), stride(2), stride(3)};
 }
 
-Matrix matrix(const Tensor& t, const Tensor& like, const char* name) {
+// `columns` a row.
+Matrix matrix(const Tensor& t, const Tensor& like, int64_t columns, const char* name) {
   STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == like.scalar_type(), name, " must be dense and of the activations' type");
-  const int64_t rows = t.size(0);
-  return {data(t), static_cast<int32_t>(rows), static_cast<int32_t>(t.numel() / rows)};
+  STD_TORCH_CHECK(t.numel() == t.size(0) * columns, name, " must have ", columns, " columns");
+  return {data(t), static_cast<int32_t>(t.size(0)), static_cast<int32_t>(columns)};
 }
 
 Extent extent_of(const Tensor& t) {
@@ -119,15 +158,17 @@ Epilogue epilogue_of(const Tensor& y, const MaybeTensor& scale, const MaybeTenso
   return {floats(scale, channels, "scale"),
           floats(shift, channels, "shift"),
           residual,
-          data(y),
+          whole(y, "y"),
           dense<uint8_t>(mask, ScalarType::Byte, (y.numel() + 7) / 8, "mask"),
           static_cast<int32_t>(channels),
           relu};
 }
 
-KeptZ kept_of(const MaybeTensor& z, const MaybeTensor& q, const MaybeTensor& q_scale, int64_t pixels, int64_t rank) {
-  STD_TORCH_CHECK(!z || z->numel() == pixels * rank, "z must be [N, R, H, W]");
-  return {data(z), dense<int8_t>(q, ScalarType::Char, pixels * rank, "q"), floats(q_scale, (pixels + 63) / 64 * rank, "q_scale")};
+// z of type `type`, or int8 and its scales.
+KeptZ kept_of(const MaybeTensor& z, const MaybeTensor& q, const MaybeTensor& q_scale, ScalarType type, int64_t pixels, int64_t rank) {
+  STD_TORCH_CHECK(!q == !q_scale, "q and q_scale go together");
+  return {rows(z, type, pixels * rank, "z"), static_cast<int8_t*>(rows(q, ScalarType::Char, pixels * rank, "q")),
+          floats(q_scale, (pixels + 63) / 64 * rank, "q_scale")};
 }
 
 // Masks of products are written by whole bytes.
@@ -141,9 +182,12 @@ void project(const Tensor& z, const Tensor& left, const MaybeTensor& scale, cons
   const Stream stream(z);
   const Extent extent = extent_of(y);
   check_mask(mask, y.size(1));
-  const ProjectForward p{extent, data(z), matrix(left, z, "left"),
-                         epilogue_of(y, scale, shift, picture(residual, "the residual"), mask, relu),
-                         kept_of(std::nullopt, q, q_scale, extent.pixels, left.size(1))};
+  const int64_t rank = z.size(1);
+  STD_TORCH_CHECK(left.size(0) == y.size(1), "left must have a row for each channel of y");
+  rows(y, z.scalar_type(), y.numel(), "y");
+  const ProjectForward p{extent, rows(z, z.scalar_type(), extent.pixels * rank, "z"), matrix(left, z, rank, "left"),
+                         epilogue_of(y, scale, shift, picture(residual, y, y.size(1), "the residual"), mask, relu),
+                         kept_of(std::nullopt, q, q_scale, z.scalar_type(), extent.pixels, rank)};
   check(project_forward(p, static_cast<Products>(products), tile, stream), "project");
 }
 
@@ -152,13 +196,14 @@ Gradient gradient_of(const Tensor& dy, const MaybeTensor& mask, const Tensor& u,
                      const MaybeTensor& partial, int64_t tile) {
   const Extent extent = extent_of(dy);
   const int64_t rank = u.size(1), tiles = (extent.pixels + tile - 1) / tile;
+  STD_TORCH_CHECK(u.size(0) == dy.size(1), "u must have a row for each channel of dy");
   return {extent,
-          picture(dy, "dy"),
+          picture(dy, dy, dy.size(1), "dy"),
           dense<uint8_t>(mask, ScalarType::Byte, (dy.numel() + 7) / 8, "mask"),
           floats(scale, dy.size(1), "scale"),
-          matrix(u, dy, "u"),
-          dense<void>(d, dy.scalar_type(), dy.numel(), "d"),
-          kept_of(z, q, q_scale, extent.pixels, rank),
+          matrix(u, dy, rank, "u"),
+          rows(d, dy.scalar_type(), dy.numel(), "d"),
+          kept_of(z, q, q_scale, dy.scalar_type(), extent.pixels, rank),
           floats(partial, tiles * rank, "partial"),
           floats(s, rank, "s")};
 }
@@ -168,7 +213,7 @@ void project_backward_op(const Tensor& dy, const MaybeTensor& mask, const Tensor
                          const MaybeTensor& partial, const MaybeTensor& weighted, int64_t products, int64_t tile) {
   const Stream stream(dy);
   const ProjectBackward p{gradient_of(dy, mask, u, scale, s, z, q, q_scale, d, partial, tile),
-                          dense<void>(weighted, dy.scalar_type(), dy.numel() / dy.size(1) * u.size(1), "weighted")};
+                          rows(weighted, dy.scalar_type(), dy.numel() / dy.size(1) * u.size(1), "weighted")};
   check(project_backward(p, static_cast<Products>(products), tile, stream), "project_backward");
 }
 
@@ -178,13 +223,15 @@ void back_to_back(const Tensor& x, const Tensor& v, const MaybeTensor& s, const 
   const Stream stream(x);
   const Extent extent = extent_of(y);
   check_mask(mask, y.size(1));
+  STD_TORCH_CHECK(u.size(0) == y.size(1), "u must have a row for each channel of y");
+  rows(y, x.scalar_type(), y.numel(), "y");
   const BackToBackForward p{extent,
-                            picture(x, "x"),
-                            matrix(v, x, "v"),
-                            matrix(u, x, "u"),
+                            picture(x, y, x.size(1), "x"),
+                            matrix(v, x, x.size(1), "v"),
+                            matrix(u, x, v.size(0), "u"),
                             floats(s, v.size(0), "s"),
-                            epilogue_of(y, scale, shift, picture(residual, "the residual"), mask, relu),
-                            kept_of(z, q, q_scale, extent.pixels, v.size(0))};
+                            epilogue_of(y, scale, shift, picture(residual, y, y.size(1), "the residual"), mask, relu),
+                            kept_of(z, q, q_scale, x.scalar_type(), extent.pixels, v.size(0))};
   check(back_to_back_forward(p, static_cast<Products>(products), tile, stream), "back_to_back");
 }
 
@@ -192,8 +239,8 @@ void back_to_back_backward_op(const Tensor& dy, const MaybeTensor& mask, const T
                               const Tensor& v, const MaybeTensor& z, const MaybeTensor& q, const MaybeTensor& q_scale,
                               const MaybeTensor& d, const MaybeTensor& partial, const Tensor& dx, int64_t products) {
   const Stream stream(dy);
-  const BackToBackBackward p{gradient_of(dy, mask, u, scale, s, z, q, q_scale, d, partial, 64), matrix(v, dy, "v"),
-                             picture(dx, "dx")};
+  const BackToBackBackward p{gradient_of(dy, mask, u, scale, s, z, q, q_scale, d, partial, 64),
+                             matrix(v, dy, dx.size(1), "v"), picture(dx, dy, dx.size(1), "dx")};
   check(back_to_back_backward(p, static_cast<Products>(products), stream), "back_to_back_backward");
 }
 
@@ -212,21 +259,24 @@ void epilogue_op(const Tensor& y, const MaybeTensor& scale, const MaybeTensor& s
 void pack_op(const Tensor& values, const Tensor& mask) {
   const Stream stream(values);
   auto* bits = dense<uint8_t>(mask, ScalarType::Byte, (values.numel() + 7) / 8, "mask");
-  check(pack(data(values), bits, values.numel(), element_of(values), stream), "pack");
+  check(pack(whole(values, "values"), bits, values.numel(), element_of(values), stream), "pack");
 }
 
 void keep_masked_op(const Tensor& values, const Tensor& mask, const Tensor& out) {
   const Stream stream(values);
   const auto* bits = dense<uint8_t>(mask, ScalarType::Byte, (values.numel() + 7) / 8, "mask");
   void* to = dense<void>(out, values.scalar_type(), values.numel(), "out");
-  check(keep_masked(data(values), bits, to, values.numel(), element_of(values), stream), "keep_masked");
+  check(keep_masked(whole(values, "values"), bits, to, values.numel(), element_of(values), stream), "keep_masked");
 }
 
 void quantize_op(const Tensor& z, const Tensor& q, const Tensor& q_scale) {
   const Stream stream(z);
-  const int64_t plane = z.size(2) * z.size(3), pixels = z.size(0) * plane, rank = z.size(1);
-  const KeptZ kept = kept_of(z, q, q_scale, pixels, rank);
-  check(quantize(kept, z.size(0), rank, plane, plane_of(z) != 0, element_of(z), stream), "quantize");
+  const Extent extent = extent_of(z);
+  const int64_t rank = z.size(1);
+  STD_TORCH_CHECK(plane_of(z) == plane_of(q), "q must lie as z does");
+  const KeptZ kept{whole(z, "z"), dense<int8_t>(q, ScalarType::Char, extent.pixels * rank, "q"),
+                   floats(q_scale, (extent.pixels + 63) / 64 * rank, "q_scale")};
+  check(quantize(kept, z.size(0), rank, extent.plane, plane_of(z) != 0, element_of(z), stream), "quantize");
 }
 
 // [B, C, positions] with adjacent channels.
@@ -281,6 +331,11 @@ void max_cosine_backward_op(const Tensor& dvalue, const Tensor& query, const Ten
   check(max_cosine_backward(p, element_of(query), stream), "max_cosine_backward");
 }
 
+// Whether the kernels by wgmma were compiled.
+bool has_wgmma_op() { return kHasSm90a; }
+
+void implement_for_any(torch::stable::detail::StableLibrary& m) { m.impl("cuda_has_wgmma", TORCH_BOX(&has_wgmma_op)); }
+
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("cuda_project", TORCH_BOX(&project));
   m.impl("cuda_project_backward", TORCH_BOX(&project_backward_op));
@@ -302,6 +357,8 @@ STABLE_TORCH_LIBRARY(svf_fast_emulated, m) {
 #include "schemas.inc"
 }
 STABLE_TORCH_LIBRARY_IMPL(svf_fast_emulated, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(svf_fast_emulated, CompositeExplicitAutograd, m) { implement_for_any(m); }
 #else
 STABLE_TORCH_LIBRARY_IMPL(svf_fast_cpp, CUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(svf_fast_cpp, CompositeExplicitAutograd, m) { implement_for_any(m); }
 #endif

@@ -1,7 +1,7 @@
 // One-pass element-wise kernels for what is not fused behind a product: the epilogue in place, masks packed and applied, z as int8.
 //
-// A thread takes eight elements in memory order, one byte of the mask; where elements cannot be read 16 bytes at a time, a warp takes 32
-// adjacent ones at a time and packs by ballot.
+// A thread takes eight elements in memory order, one byte of the mask. Where they cannot be read 16 bytes at a time it takes them one by
+// one, but for packing: there a warp takes 32 adjacent ones at a time and packs by ballot. int8 goes by groups of 64 pixels instead.
 #include "epilogue.cuh"
 #include "kept_z.cuh"
 
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) quantize_planes_kernel(const KeptZ k
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (element[i] >= 0) {
-      ptx::store_global(kept.q + element[i], level_of(value[i], range.per_unit, Dither(element[i], 1).next()));
+      ptx::store_global(kept.q + element[i], level_of(value[i], range.per_unit, Dither(element[i]).next()));
     }
   }
 }

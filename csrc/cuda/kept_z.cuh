@@ -20,17 +20,15 @@ __device__ __forceinline__ float noise(uint32_t index) {
   return static_cast<float>(x >> 8) * 5.9604644775390625e-08f;
 }
 
-// Noise of the elements from `element` on, `step` elements apart.
+// Noise of one element after the other, from `element` on.
 struct Dither {
-  uint32_t index, step;
+  uint32_t index;
 
-  __device__ __forceinline__ Dither(int64_t element, int64_t step)
-      : index(static_cast<uint32_t>(element % kNoiseLength)), step(static_cast<uint32_t>(step % kNoiseLength)) {}
+  explicit __device__ __forceinline__ Dither(int64_t element) : index(static_cast<uint32_t>(element % kNoiseLength)) {}
 
   __device__ __forceinline__ float next() {
     const float value = noise(index);
-    index += step;
-    index = index >= kNoiseLength ? index - static_cast<uint32_t>(kNoiseLength) : index;
+    index = index + 1 == kNoiseLength ? 0 : index + 1;
     return value;
   }
 };
@@ -51,6 +49,9 @@ __device__ __forceinline__ float magnitude(float z) { return z == z ? fabsf(z) :
 __device__ __forceinline__ int8_t level_of(float z, float per_unit, float noise) {
   return static_cast<int8_t>(fminf(fmaxf(floorf(z * per_unit + noise), -kLevels), kLevels));
 }
+
+// Whether eight levels can be read and written at once.
+__device__ __forceinline__ bool has_octets(const int8_t* q, int rank) { return (reinterpret_cast<uintptr_t>(q) | rank) % 8 == 0; }
 
 // The bytes of scratch that quantize_group takes.
 template <int THREADS>
@@ -103,13 +104,13 @@ __device__ __forceinline__ void quantize_group(uint32_t scratch, const KeptZ& ke
     const int pixel = first_pixel + own / 8 + i * kStep;
     if (pixel < pixels && count > 0) {
       const int64_t element = static_cast<int64_t>(pixel) * rank + first;
-      Dither dither(element, 1);
+      Dither dither(element);
       int8_t level[8];
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
         level[c] = level_of(row[i].value[c], ptx::load_shared<float>(scratch + (octet * 8 + c) * 4), dither.next());
       }
-      if (rank % 8 == 0) {
+      if (has_octets(kept.q, rank)) {
         Vector8 packed{};
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
@@ -132,9 +133,9 @@ __device__ __forceinline__ void quantize_group(uint32_t scratch, const KeptZ& ke
 // Eight levels of a dense q [pixels, rank] in units of their scale, zeros after the `count`-th.
 __device__ __forceinline__ Octet load_levels(const int8_t* q, int64_t element, int count, int rank) {
   Octet octet;
-  Dither dither(element, 1);
+  Dither dither(element);
   Vector8 packed{};
-  if (rank % 8 == 0) {
+  if (has_octets(q, rank)) {
     packed = ptx::load_global(reinterpret_cast<const Vector8*>(q + element));
   } else {
 #pragma unroll

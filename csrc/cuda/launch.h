@@ -128,6 +128,13 @@ struct CosineBackward {
   int32_t batch, channels, queries, supports;
 };
 
+// Whether sm_90a is among the architectures that were compiled: the kernels by wgmma are empty otherwise.
+#ifdef SVF_FAST_HAS_SM90A
+constexpr bool kHasSm90a = true;
+#else
+constexpr bool kHasSm90a = false;
+#endif
+
 // The largest rank whose z tile stays on the chip.
 constexpr int32_t kLargestRank = 256;
 
@@ -138,6 +145,7 @@ cudaError_t project_backward(const ProjectBackward&, Products, int64_t tile, cud
 cudaError_t back_to_back_forward(const BackToBackForward&, Products, int64_t tile, cudaStream_t);
 // Whether the layer can run on the current device by wgmma: half precision, pixels equally far apart, everything on 16 bytes.
 bool fits_sm90(const BackToBackForward&, Products);
+// cudaErrorNotSupported, and nothing launched, where the driver does not describe the operands.
 cudaError_t back_to_back_forward_sm90(const BackToBackForward&, Products, cudaStream_t);
 cudaError_t back_to_back_backward(const BackToBackBackward&, Products, cudaStream_t);
 cudaError_t max_cosine(const MaxCosine&, Products, cudaStream_t);

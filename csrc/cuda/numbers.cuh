@@ -154,16 +154,21 @@ struct Operand {
 // sum [16, 8] += a b, where b's columns are those of its registers `first` and `first` + 1.
 template <Products P>
 __device__ __forceinline__ void multiply(float (&sum)[4], const Operand<P>& a, const Operand<P>& b, int first) {
-  if constexpr (P == Products::kBFloat16) {
+  if constexpr (P == Products::kTf32x3) {
+    // small terms first, into a sum of their own: tensor cores truncate what they add to, and over a long contraction that adds up
+    float part[4] = {};
+    ptx::multiply_tf32(part, a.low, b.high[first], b.high[first + 1]);
+    ptx::multiply_tf32(part, a.high, b.low[first], b.low[first + 1]);
+    ptx::multiply_tf32(part, a.high, b.high[first], b.high[first + 1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum[i] += part[i];
+    }
+  } else if constexpr (P == Products::kBFloat16) {
     ptx::multiply_bfloat16(sum, a.high, b.high[first], b.high[first + 1]);
   } else if constexpr (P == Products::kFloat16) {
     ptx::multiply_float16(sum, a.high, b.high[first], b.high[first + 1]);
   } else {
-    if constexpr (P == Products::kTf32x3) {
-      // small terms first
-      ptx::multiply_tf32(sum, a.low, b.high[first], b.high[first + 1]);
-      ptx::multiply_tf32(sum, a.high, b.low[first], b.low[first + 1]);
-    }
     ptx::multiply_tf32(sum, a.high, b.high[first], b.high[first + 1]);
   }
 }

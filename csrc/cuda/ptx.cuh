@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 namespace svf::cuda::ptx {
 
@@ -141,6 +142,9 @@ __device__ __forceinline__ uint32_t ballot(bool flag) { return __ballot_sync(0xf
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 
+// Ends the launch with an error.
+__device__ __forceinline__ void trap() { __trap(); }
+
 // Host side: launches `kernel` with `shared` bytes of dynamic shared memory.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, cudaStream_t stream,
@@ -170,32 +174,49 @@ constexpr bool kHasWgmma = false;
 using TensorMap = CUtensorMap;
 
 // Host side: describes a matrix of half precision, `columns` wide and `step` elements from row to row, that is copied in boxes of 64 columns
-// by `box_rows`, their 16-byte chunks swizzled in rows of 128 bytes; outside of the matrix are zeros.
+// by `box_rows`, their 16-byte chunks swizzled in rows of 128 bytes; outside of the matrix are zeros. cudaErrorNotSupported where the driver
+// will not.
 inline cudaError_t describe(TensorMap* map, const void* data, bool is_bfloat16, int64_t rows, int64_t columns, int64_t step,
                             int box_rows) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-  if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) {
-    return status != cudaSuccess ? status : cudaErrorNotSupported;
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const bool is_found = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return is_found ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function) : nullptr;
+  }();
+  if (encode == nullptr) {
+    // the error would be blamed on the next launch
+    cudaGetLastError();
+    return cudaErrorNotSupported;
   }
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(step) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, every[2] = {1, 1};
-  const CUresult result = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function)(
+  const CUresult result = encode(
       map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data), sizes,
       strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorNotSupported;
 }
 
 // Host side: whether the current device has wgmma and TMA as they are used here.
 inline bool has_wgmma() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 && minor == 0;
+  // by device, asked once
+  static const std::vector<bool> known = [] {
+    int count = 0;
+    std::vector<bool> answers(cudaGetDeviceCount(&count) == cudaSuccess ? count : 0);
+    for (int device = 0; device < static_cast<int>(answers.size()); ++device) {
+      int major = 0, minor = 0;
+      answers[device] = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+                        minor == 0;
+    }
+    return answers;
+  }();
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && device < static_cast<int>(known.size()) && known[device];
 }
 
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {

@@ -3,7 +3,8 @@ offer). Knows the kernels by kernel_set.py alone."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -22,8 +23,10 @@ from svf_fast.backends.kernel_set import (
     product_precision,
 )
 from svf_fast.backends.measured import Measured, device_seconds
+from svf_fast.backends.streamed_cosine import cosine_at
 from svf_fast.backends.ways import (
     COMPOSED,
+    Key,
     Pick,
     Way,
     backward_ways,
@@ -34,7 +37,7 @@ from svf_fast.backends.ways import (
 from svf_fast.bits import packed_bytes
 from svf_fast.choice import Chooser
 from svf_fast.contract import Geometry, Kept, Layer, Needs, dense, fold_left
-from svf_fast.quantize import GROUP_PIXELS
+from svf_fast.quantize import GROUP_PIXELS, noise, quantize
 from svf_fast.vendor import convolve, empty, pointwise
 
 
@@ -68,7 +71,10 @@ class WaysBackend:
         residual_strides = None if residual is None else residual.stride()
         about = (layer.scale is None, layer.shift is None, residual_strides, layer.relu, keep_z, keep_mask)
         key = _key("forward", x, layer, memory_format, *about)
-        return run(self._way(key, partial(forward_ways, self._kernels.offers, x, layer, keep_z, memory_format), run))
+        with _device_of(x):
+            return run(
+                self._way(key, partial(forward_ways, self._kernels.offers, x, layer, keep_z, memory_format), run)
+            )
 
     def backward(
         self, dy: Tensor, layer: Layer, kept: Kept, x: Tensor | None, size: Sequence[int],
@@ -89,7 +95,10 @@ class WaysBackend:
             needs,
         )
         key = _key("backward", dy, layer, memory_format, *about)
-        return run(self._way(key, partial(backward_ways, self._kernels.offers, dy, layer, memory_format, needs), run))
+        with _device_of(dy):
+            return run(
+                self._way(key, partial(backward_ways, self._kernels.offers, dy, layer, memory_format, needs), run)
+            )
 
     def project(
         self, z: Tensor, layer: Layer, residual: Tensor | None, keep_mask: bool, memory_format: torch.memory_format
@@ -100,14 +109,20 @@ class WaysBackend:
 
         about = (layer.scale is None, layer.shift is None, residual is None, layer.relu, keep_mask)
         key = _key("project", z, layer, memory_format, *about)
-        return run(self._way(key, partial(projection_ways, self._kernels.offers, z, layer, memory_format), run))
+        with _device_of(z):
+            return run(self._way(key, partial(projection_ways, self._kernels.offers, z, layer, memory_format), run))
 
     def max_cosine(self, query: Tensor, support: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
         def run(way: Way) -> tuple[Tensor, Tensor]:
             return self._cosine(way).max_cosine(query, support, mask, eps)
 
+        def run_checked(way: Way) -> tuple[Tensor, Tensor, Tensor]:
+            value, winner = run(way)
+            return value, winner, cosine_at(query, support, mask, eps, winner)
+
         key = _cosine_key("max_cosine", query, support, mask is None)
-        return run(self._way(key, partial(cosine_ways, query), run))
+        with _device_of(query):
+            return run(self._way(key, partial(cosine_ways, query), run_checked))
 
     def max_cosine_backward(
         self, dvalue: Tensor, query: Tensor, source: Tensor, winners: Tensor, mask: Tensor | None, eps: float,
@@ -121,7 +136,8 @@ class WaysBackend:
         # how many rows won is another number every time
         about = (mask is None, tuple(size), is_gathered, need_query, need_support)
         key = _cosine_key("max_cosine_backward", query, query, *about)
-        return run(self._way(key, partial(cosine_ways, query), run))
+        with _device_of(query):
+            return run(self._way(key, partial(cosine_ways, query), run))
 
     def _cosine(self, way: Way) -> Cosine:
         return composed_cosine if way == COMPOSED else self._kernels.cosine
@@ -177,7 +193,7 @@ class WaysBackend:
         if way != COMPOSED:
             raise ValueError(f"no way of a forward is called {way}")
         y, mask = self._composed.project(z, layer, residual, keep_mask, memory_format)
-        return y, self._kept_of(y, z, keep_z, mask)
+        return y, _kept_of(y, z, keep_z, mask, partial(quantize, group_pixels=GROUP_PIXELS))
 
     def _finished(
         self, y: Tensor, z: Tensor | None, layer: Layer, residual: Tensor | None, keep_z: str, keep_mask: bool
@@ -186,7 +202,7 @@ class WaysBackend:
         mask = _empty_mask(y) if keep_mask and self._kernels.masks_epilogue(y) else None
         out = Outputs(y, mask)
         self._kernels.elementwise.epilogue(_dense_operands(layer, y.dtype), residual, out)
-        return y, self._kept_of(y, z, keep_z, self._mask(out, keep_mask))
+        return y, _kept_of(y, z, keep_z, self._mask(out, keep_mask), self._quantize)
 
     def _mask(self, out: Outputs, keep_mask: bool) -> Tensor:
         """The mask as the contract has it; one that no kernel could write is packed from y."""
@@ -215,18 +231,13 @@ class WaysBackend:
         no_scale = out.y.new_empty(0, dtype=torch.float32) if out.q_scale is None else out.q_scale
         return Kept(out.y.new_empty(0) if z is None else z, no_scale, self._mask(out, keep_mask))
 
-    def _kept_of(self, y: Tensor, z: Tensor | None, keep_z: str, mask: Tensor) -> Kept:
-        """What is kept of a z that stock operations made."""
-        no_scale = y.new_empty(0, dtype=torch.float32)
-        if z is None or keep_z not in ("exact", "int8"):
-            return Kept(y.new_empty(0), no_scale, mask)
-        if keep_z == "exact":
-            return Kept(z, no_scale, mask)
+    def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels and scales of z by the kernel."""
         q = torch.empty_like(z, dtype=torch.int8)
         q_scale = z.new_empty(blocks(z.numel() // z.shape[1], GROUP_PIXELS), z.shape[1], dtype=torch.float32)
         if z.numel():
             self._kernels.elementwise.quantize(z, q, q_scale)
-        return Kept(q, q_scale, mask)
+        return q, q_scale
 
     def run_backward(
         self, way: Way, dy: Tensor, layer: Layer, kept: Kept, size: Sequence[int],
@@ -292,18 +303,31 @@ class WaysBackend:
         return dx, ds, d if needs.d else nothing
 
 
-def _cosine_key(what: str, query: Tensor, support: Tensor, *about: Hashable) -> Hashable:
+def _device_of(t: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of t, where kernels are compiled, timed and launched, the current one."""
+    is_elsewhere = t.is_cuda and t.device.index != torch.cuda.current_device()
+    return torch.cuda.device(t.device) if is_elsewhere else nullcontext()
+
+
+def _kept_of(
+    y: Tensor, z: Tensor | None, keep_z: str, mask: Tensor, to_int8: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Kept:
+    """What is kept of a z that stock operations made."""
+    no_scale = y.new_empty(0, dtype=torch.float32)
+    if z is None or keep_z not in ("exact", "int8"):
+        return Kept(y.new_empty(0), no_scale, mask)
+    return Kept(z, no_scale, mask) if keep_z == "exact" else Kept(*to_int8(z), mask)
+
+
+def _cosine_key(what: str, query: Tensor, support: Tensor, *about: Hashable) -> Key:
     shapes = (tuple(query.shape), query.stride(), tuple(support.shape), support.stride())
-    return (what, str(query.dtype), *shapes, product_precision(query.dtype), *about)
+    return Key(what, product_precision(query.dtype), (str(query.dtype), *shapes, *about))
 
 
-def _key(what: str, t: Tensor, layer: Layer, memory_format: torch.memory_format, *about: Hashable) -> Hashable:
-    """What a choice depends on; its text is the key on disk."""
-    return (
-        what, str(t.dtype), tuple(t.shape), t.stride(), tuple(layer.v.shape), tuple(layer.u.shape), str(layer.u.dtype),
-        tuple(layer.geometry),
-        memory_format is torch.channels_last, convolution_precision(t.dtype), *about,
-    )  # fmt: skip
+def _key(what: str, t: Tensor, layer: Layer, memory_format: torch.memory_format, *about: Hashable) -> Key:
+    shapes = (tuple(t.shape), t.stride(), tuple(layer.v.shape), tuple(layer.u.shape))
+    types = (str(t.dtype), str(layer.u.dtype), memory_format is torch.channels_last)
+    return Key(what, convolution_precision(t.dtype), (*types, *shapes, tuple(layer.geometry), *about))
 
 
 def _dense_operands(layer: Layer, dtype: torch.dtype) -> Layer:
@@ -338,6 +362,8 @@ def _empty_mask(y: Tensor) -> Tensor:
 
 def measured_backend(kernels: KernelSet, versions: str, unfit: tuple[type[Exception], ...]) -> WaysBackend:
     """The backend of this process's CUDA devices, which are taken to be alike; `versions` names what its kernels depend on."""
+    # made now: no table can be while a graph is captured
+    noise(torch.device("cuda", torch.cuda.current_device()))
     library = f"torch {torch.__version__} cudnn {torch.backends.cudnn.version()}"
     environment = f"{torch.cuda.get_device_name()} {library} {kernels.name} {versions}"
     return WaysBackend(kernels, Measured(Chooser(environment, device_seconds, unfit), unfit))

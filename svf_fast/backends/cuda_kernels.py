@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,23 +23,29 @@ _LARGEST_RANK = 256
 _COSINE_TILE = (128, 128)
 # How csrc/cuda/launch.h numbers the kinds of products.
 _PRODUCTS = {"tf32": 2, "tf32x3": 3}
+# Bytes of shared memory that a block of the back-to-back kernels takes, by the rank's tile, in half precisions and in float32. The other
+# kernels fit on every device; that by wgmma, where there is wgmma.
+_SHARED_BYTES = {(128, False): 101_376, (256, False): 115_712, (128, True): 117_760, (256, True): 148_480}
+# What a block may have on compute capability 9.0, more than any of them takes.
+_MOST_SHARED_BYTES = 227 * 1024
 _HALVES = {torch.bfloat16: 0, torch.float16: 1}
 
 
 class Offers:
-    """The tiles that csrc/cuda compiles; the contraction goes by 128 bytes."""
+    """The tiles that csrc/cuda compiles; the contraction goes by 128 bytes. `shared_bytes`: what the device gives a block."""
 
-    def __init__(self, has_wgmma: bool) -> None:
+    def __init__(self, has_wgmma: bool, shared_bytes: int = _MOST_SHARED_BYTES) -> None:
         self._has_wgmma = has_wgmma
+        self._shared_bytes = shared_bytes
 
     def back_to_back_forward(self, rank: int, precision: str, is_int8: bool, is_roomy: bool) -> list[Config]:
-        if rank > _LARGEST_RANK:
+        if not self._keeps_tile(rank, precision):
             return []
         by_wgmma = [Config(128, 64, 64, _rank_tile(rank), 12, 4)] * (self._has_wgmma and precision == "ieee")
         return [*by_wgmma, Config(64, 128, 0, _rank_tile(rank), 8, 3)]
 
     def back_to_back_backward(self, rank: int, precision: str, is_strided: bool) -> list[Config]:
-        return [Config(64, 128, 0, _rank_tile(rank), 8, 3)] if rank <= _LARGEST_RANK else []
+        return [Config(64, 128, 0, _rank_tile(rank), 8, 3)] if self._keeps_tile(rank, precision) else []
 
     def projection_forward(self, precision: str) -> list[Config]:
         return [Config(128, 128, 0, 0, 8, 3), Config(64, 64, 0, 0, 4, 4)]
@@ -46,6 +53,10 @@ class Offers:
     def projection_backward(self, rank: int, precision: str) -> list[Config]:
         wide, narrow = Config(128, 0, 0, 128, 8, 3), Config(64, 0, 0, 64, 4, 4)
         return [narrow] if rank <= 64 else [wide, narrow]
+
+    def _keeps_tile(self, rank: int, precision: str) -> bool:
+        """Whether a tile of z or g fits on the chip beside the operands of both products."""
+        return rank <= _LARGEST_RANK and _SHARED_BYTES[_rank_tile(rank), precision != "ieee"] <= self._shared_bytes
 
 
 class _BackToBack:
@@ -140,7 +151,7 @@ class _Cosine:
             source = source.contiguous()
         order, first_of, source, row_of, _ = won(winners, source, size, is_gathered)
         q = rows(query)
-        weight = None if mask is None else mask.flatten(1).float()
+        weight = None if mask is None else mask.flatten(1).float().contiguous()
         nothing = query.new_empty(0)
         # written with channels adjacent, whatever the query's own layout is
         dquery = torch.empty_like(query, memory_format=torch.channels_last) if need_query else None
@@ -156,10 +167,10 @@ class _Cosine:
         )
 
 
-def kernel_set(ops: Any, has_wgmma: bool) -> KernelSet:
-    """The kernels behind a namespace of native ops; `has_wgmma`: on compute capability 9.0."""
+def kernel_set(ops: Any, has_wgmma: bool, shared_bytes: int = _MOST_SHARED_BYTES) -> KernelSet:
+    """The kernels behind a namespace of native ops; `has_wgmma`: compiled for compute capability 9.0, and on it."""
     return KernelSet(
-        "cuda", _BackToBack(ops), _Projection(ops), _Elementwise(ops), _Cosine(ops), Offers(has_wgmma),
+        "cuda", _BackToBack(ops), _Projection(ops), _Elementwise(ops), _Cosine(ops), Offers(has_wgmma, shared_bytes),
         # whole bytes of it
         masks_product=lambda y: y.shape[1] % 8 == 0,
         # in memory order, whatever the layout
@@ -179,7 +190,20 @@ def why_unusable() -> str | None:
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA devices"
     major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"the kernels need compute capability 8.0 or newer, this device has {major}.{minor}"
+    if major < 8:
+        return f"the kernels need compute capability 8.0 or newer, this device has {major}.{minor}"
+    return _launch_error(torch.cuda.current_device())
+
+
+@cache
+def _launch_error(device: int) -> str | None:
+    """What the device says to the smallest of the kernels, one that was compiled for other architectures say; None where it runs."""
+    values = torch.ones(8, device=torch.device("cuda", device))
+    try:
+        torch.ops.svf_fast_cpp.cuda_pack(values, values.new_empty(1, dtype=torch.uint8))
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def make() -> WaysBackend:
@@ -192,7 +216,11 @@ def make() -> WaysBackend:
 
 def native_kernel_set() -> KernelSet:
     """The kernels of the compiled extension, on the current device."""
-    return kernel_set(torch.ops.svf_fast_cpp, torch.cuda.get_device_capability() == (9, 0))
+    ops = torch.ops.svf_fast_cpp
+    # its stub does not have all of it
+    properties: Any = torch.cuda.get_device_properties()
+    has_wgmma = torch.cuda.get_device_capability() == (9, 0) and ops.cuda_has_wgmma()
+    return kernel_set(ops, has_wgmma, properties.shared_memory_per_block_optin)
 
 
 def _rank_tile(rank: int) -> int:

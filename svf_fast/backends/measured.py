@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from svf_fast.backends.kernel_set import convolution_precision
-from svf_fast.backends.ways import COMPOSED, Results, Way
+from svf_fast.backends.ways import COMPOSED, Key, Results, Way
 from svf_fast.bits import pack_nonzero
 from svf_fast.choice import Chooser
 from svf_fast.contract import dense_view
@@ -41,10 +40,10 @@ class Measured:
         self._chooser = chooser
         self._unfit = unfit
         # by whether algorithms have to be deterministic: two roundings of one sum are both right, but not the same
-        self._ways: dict[bool, dict[Hashable, Way]] = {False: {}, True: {}}
-        self._undecided: dict[Hashable, int] = {}
+        self._ways: dict[bool, dict[Key, Way]] = {False: {}, True: {}}
+        self._undecided: dict[Key, int] = {}
 
-    def __call__(self, key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], Results]) -> Way:
+    def __call__(self, key: Key, offer: Callable[[], list[Way]], run: Callable[[Way], Results]) -> Way:
         is_fixed = torch.are_deterministic_algorithms_enabled()
         way = self._ways[is_fixed].get(key)
         if way is not None:
@@ -58,7 +57,7 @@ class Measured:
         self._ways[is_fixed][key] = by_name[name]
         return by_name[name]
 
-    def _decide(self, key: Hashable, ways: dict[str, Way], run: Callable[[Way], Results], is_fixed: bool) -> str | None:
+    def _decide(self, key: Key, ways: dict[str, Way], run: Callable[[Way], Results], is_fixed: bool) -> str | None:
         """The name of the fastest, or when `is_fixed` the first, of the ways that agree with stock operations; None where nothing
         can be compared yet."""
         stock = str(COMPOSED)
@@ -83,14 +82,12 @@ class Measured:
         return self._chooser.choose(key, agreeing, stock, is_lasting=is_lasting)
 
 
-def _agrees(key: Hashable, way: Way, found: list[Tensor], expected: list[Tensor]) -> bool:
+def _agrees(key: Key, way: Way, found: list[Tensor], expected: list[Tensor]) -> bool:
     """Whether the results of `way` are those expected, to rounding."""
     for result, reference in zip(found, expected, strict=True):
-        limit = (
-            _INT8_AGREEMENT if reference.dtype == torch.int8 else _AGREEMENT[convolution_precision(expected[0].dtype)]
-        )
+        limit = _INT8_AGREEMENT if reference.dtype == torch.int8 else _AGREEMENT[key.products]
         if reference.dtype == torch.int32:
-            # winners of a max: among equals any may be named
+            # winners of a max: among equals any may be named, and their cosines are beside them
             continue
         if result.shape != reference.shape or result.dtype != reference.dtype:
             difference = torch.inf
@@ -106,7 +103,7 @@ def _agrees(key: Hashable, way: Way, found: list[Tensor], expected: list[Tensor]
     return True
 
 
-def _warn(key: Hashable, way: Way, what: str) -> None:
+def _warn(key: Key, way: Way, what: str) -> None:
     warnings.warn(f"svf_fast: the kernel {way} {what} and is not used for {key}", stacklevel=2)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from svf_fast import bits
 from svf_fast.backends import composed_cosine
 from svf_fast.backends.composed import ComposedBackend
-from svf_fast.backends.packed import DTYPES, PackedWeights
+from svf_fast.backends.packed import DTYPES, PackedWeights, owner
 from svf_fast.contract import Geometry, Kept, Layer, Needs, dense, memory_format_of
 from svf_fast.quantize import GROUP_PIXELS
 from svf_fast.vendor import empty
@@ -114,6 +114,12 @@ class NativeBackend:
     ) -> tuple[Tensor, Kept]:  # fmt: skip
         if not _takes(x, layer.geometry, memory_format):
             return self._composed.forward(x, layer, residual, keep_z, keep_mask, memory_format)
+        if not _is_owned(layer):
+            is_int8 = keep_z == "int8"
+            y, kept = self._composed.forward(
+                x, layer, residual, "exact" if is_int8 else keep_z, keep_mask, memory_format
+            )
+            return y, self._quantized(kept) if is_int8 else kept
         right, is_winograd = self._weights.right(layer.v, layer.geometry, x.dtype)
         size = layer.geometry.output_size(x.shape[2:], layer.v.shape[2:])
         return self._projected(x, right, is_winograd, layer, size, residual, keep_z, keep_mask)
@@ -121,13 +127,13 @@ class NativeBackend:
     def project(
         self, z: Tensor, layer: Layer, residual: Tensor | None, keep_mask: bool, memory_format: torch.memory_format
     ) -> tuple[Tensor, Tensor]:
-        if not _takes(z, layer.geometry, memory_format):
+        if not _takes(z, layer.geometry, memory_format) or not _is_owned(layer):
             return self._composed.project(z, layer, residual, keep_mask, memory_format)
         y, kept = self._projected(z, None, False, layer, z.shape[2:], residual, "none", keep_mask)
         return y, kept.mask
 
     def v_convolution(self, x: Tensor, layer: Layer, memory_format: torch.memory_format) -> Tensor:
-        if not _takes(x, layer.geometry, memory_format):
+        if not _takes(x, layer.geometry, memory_format) or not _is_owned(layer):
             return self._composed.v_convolution(x, layer, memory_format)
         return self.convolve(x, layer.v, None, layer.geometry, None, False, memory_format)
 
@@ -151,7 +157,7 @@ class NativeBackend:
         memory_format: torch.memory_format, needs: Needs,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         nothing = dy.new_empty(0)
-        if not _takes(dy, layer.geometry, memory_format):
+        if not _takes(dy, layer.geometry, memory_format) or not _is_owned(layer):
             return self._composed.backward(dy, layer, kept, x, size, memory_format, needs)
         mask = kept.mask if kept.mask.numel() else None
         d = dx = ds = right = None
@@ -222,10 +228,16 @@ class NativeBackend:
             z_scale if z.dtype == torch.int8 else None, mask if keep_mask else None, layer.relu,
             _flat(layer.geometry, layer.v.shape[2:]) if right is not None else _flat(Geometry()),
         )  # fmt: skip
-        if z_scale.numel() and z.dtype != torch.int8:
-            in_full, z = z, torch.empty_like(z, dtype=torch.int8)
-            self._ops.quantize(in_full, z, z_scale)
-        return y, Kept(z, z_scale, mask)
+        kept = Kept(z, z_scale, mask)
+        return y, self._quantized(kept) if z_scale.numel() and z.dtype != torch.int8 else kept
+
+    def _quantized(self, kept: Kept) -> Kept:
+        """The same with its z, in full, as int8."""
+        rank, pixels = kept.z.shape[1], kept.z.numel() // kept.z.shape[1]
+        z = torch.empty_like(kept.z, dtype=torch.int8)
+        z_scale = torch.empty(_scale_groups(pixels), rank, dtype=torch.float32)
+        self._ops.quantize(kept.z, z, z_scale)
+        return Kept(z, z_scale, kept.mask)
 
     def _data_gradient(self, g: Tensor, layer: Layer, size: Sequence[int]) -> Tensor:
         """dx of height and width `size` from s ⊙ g [N, R, Ho, Wo]."""
@@ -274,6 +286,11 @@ def _scale_groups(pixels: int) -> int:
 
 def _takes(t: Tensor, geometry: Geometry, memory_format: torch.memory_format) -> bool:
     return t.dtype in DTYPES and t.numel() > 0 and geometry.groups == 1 and memory_format is torch.channels_last
+
+
+def _is_owned(layer: Layer) -> bool:
+    """Whether the factors are a module's: packing others at every call would cost more than the kernels gain."""
+    return owner(layer.v) is not None and owner(layer.u) is not None
 
 
 def _is_traced() -> bool:

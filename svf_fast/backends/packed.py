@@ -42,9 +42,16 @@ class _Entry:
     derived: Tensor
 
 
+def owner(t: Tensor) -> nn.Parameter | None:
+    """The parameter that `t` is, or is a view of. Other tensors have nobody who would say that they changed (`train()`, `eval()`)."""
+    for candidate in (t, t._base):
+        if isinstance(candidate, nn.Parameter) and not candidate.is_inference():
+            return candidate
+    return None
+
+
 class DerivedTensors:
-    """What was derived from a parameter, by purpose; it goes with the parameter. Other tensors have no owner who would say that they
-    changed (`train()`, `eval()`): what is derived from those is not kept."""
+    """What was derived from parameters or views of them, by purpose; it goes with the parameter."""
 
     def __init__(self) -> None:
         # a lock: several threads may run one model
@@ -53,11 +60,12 @@ class DerivedTensors:
 
     def get(self, purpose: Hashable, source: Tensor, scale: Tensor | None, derive: Callable[[], Tensor]) -> Tensor:
         """`derive()`, or what it returned before for the same purpose, unchanged `source` and the same values of `scale`."""
-        if not isinstance(source, nn.Parameter) or source.is_inference():
+        parameter = owner(source)
+        if parameter is None:
             return derive()
-        state = (source._version, source.data_ptr(), source.dtype, source.shape, source.stride())
+        state = (parameter._version, source.data_ptr(), source.dtype, source.shape, source.stride())
         with self._lock:
-            entry = self._of.setdefault(source, {}).get(purpose)
+            entry = self._of.setdefault(parameter, {}).get(purpose)
         if entry is not None and entry.state == state and _is_same(entry.scale, scale):
             if entry.seen == _changes_unseen:
                 return entry.derived
@@ -68,7 +76,7 @@ class DerivedTensors:
             copied = None if scale is None else scale.detach().clone()
             entry = _Entry(state, copied, _checksum(source), _changes_unseen, derive())
         with self._lock:
-            self._of.setdefault(source, {})[purpose] = entry
+            self._of.setdefault(parameter, {})[purpose] = entry
         return entry.derived
 
     def held_bytes(self) -> int:
@@ -89,7 +97,7 @@ def _checksum(t: Tensor) -> int:
     raw = t.detach()
     if raw.ndim == 4 and raw.is_contiguous(memory_format=torch.channels_last):
         raw = raw.permute(0, 2, 3, 1)
-    return zlib.crc32(raw.contiguous().view(torch.uint8).numpy().data)
+    return zlib.crc32(raw.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 class PackedWeights:

@@ -51,6 +51,19 @@ def search(query: Tensor, support: Tensor, mask: Tensor | None, query_tile: int,
     return Search(q, a, weight, query_norm, support_norm, per_split, best, winner)
 
 
+def cosine_at(query: Tensor, support: Tensor, mask: Tensor | None, eps: float, winner: Tensor) -> Tensor:
+    """The cosines [B, queries] to the support positions that `winner` names, NaN where there is no such position."""
+    precise = torch.promote_types(query.dtype, torch.float32)
+    q, a = query.flatten(2).to(precise), support.flatten(2)
+    exists = (winner >= 0) & (winner < a.shape[2])
+    position = torch.where(exists, winner, 0).long()
+    won = torch.take_along_dim(a, position.unsqueeze(1), 2).to(precise)
+    if mask is not None:
+        won = won * torch.take_along_dim(mask.flatten(1), position, 1).to(precise).unsqueeze(1)
+    norms = torch.linalg.vector_norm(won, dim=1) * torch.linalg.vector_norm(q, dim=1)
+    return torch.where(exists, (q * won).sum(1) / (norms + eps), torch.nan)
+
+
 class Won(NamedTuple):
     """Which queries each support position won: order[first_of[i]] to order[first_of[i + 1] - 1] those of position i, and where its
     row lies in `source`, in elements [B, supports]."""

@@ -34,13 +34,23 @@ class Way(NamedTuple):
 
 
 COMPOSED = Way("composed")
-# What forward, backward or projection return.
+
+
+class Key(NamedTuple):
+    """What a choice depends on, its text the key on disk; `products` is how the kernels multiply (kernel_set.precision)."""
+
+    what: str
+    products: str
+    about: tuple[Hashable, ...] = ()
+
+
+# What forward, backward, projection or the prior return.
 Results = tuple[Tensor | Kept, ...]
 # Decides for a key which of the ways on offer to take; the last argument runs one.
-Pick = Callable[[Hashable, Callable[[], list[Way]], Callable[[Way], Any]], Way]
+Pick = Callable[[Key, Callable[[], list[Way]], Callable[[Way], Any]], Way]
 
 
-def first_offer(key: Hashable, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
+def first_offer(key: Key, offer: Callable[[], list[Way]], run: Callable[[Way], object]) -> Way:
     """The choice without measuring, the same in every run."""
     return offer()[0]
 

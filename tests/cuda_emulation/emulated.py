@@ -74,7 +74,7 @@ def _compile(source: Path, object_file: Path) -> Path:
     include = Path(torch.__file__).parent / "include"
     subprocess.run(
         [
-            "g++", "-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DSVF_FAST_EMULATION",
+            "g++", "-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DSVF_FAST_EMULATION", "-DSVF_FAST_HAS_SM90A",
             "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{_HERE}", f"-I{_KERNELS}", f"-isystem{include}", "-include", "emulation.h",
             "-x", "c++", "-c", str(source), "-o", str(object_file),
         ],

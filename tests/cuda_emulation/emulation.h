@@ -3,9 +3,11 @@
 //
 // Threads are fibers that run in turn and give way at barriers and warp-wide operations, which are carried out by their documented
 // fragment layouts (PTX ISA) once all lanes are there. Asynchronous copies land, and products of a warpgroup are computed, when they are
-// waited for. Found and reported as a launch error: shared memory read where it was never written, out of bounds, unaligned, before its
+// waited for. Tensor cores truncate: the sum of a product and what it is added to is exact here, and then rounded toward zero to float32
+// (real ones also drop low bits of each term). Found and reported as a launch error: shared memory read where it was never written, out of bounds, unaligned, before its
 // asynchronous copy was waited for, or written and read by two threads without a barrier between; rows of ldmatrix in the same banks; global
-// memory outside the tensors of the call or unaligned; lanes at different warp-wide operations; threads that wait for each other for ever.
+// memory outside the tensors of the call or unaligned; lanes at different warp-wide operations; products of a warpgroup without a fence before them, or with operands described otherwise than
+// as rows of 128 swizzled bytes; threads that wait for each other for ever.
 #pragma once
 
 #include <algorithm>
@@ -69,6 +71,8 @@ struct Thread {
   std::vector<WarpgroupProduct> products;
   std::vector<size_t> product_groups;
   size_t uncommitted_products = 0;
+  // registers were ordered before the products that follow
+  bool is_fenced = false;
 };
 
 // One warp-wide operation at a time: what lanes bring and what they take away.
@@ -99,6 +103,11 @@ void finish_copies(size_t pending_groups);
 void commit();
 void barrier();
 
+// Whether the device has what compute capability 9.0 alone has.
+extern bool has_wgmma;
+// What the last launch asked for.
+extern int shared_bytes;
+
 // Memory that the kernels of the coming launches may touch.
 void forbid_all();
 void allow(const void* data, int64_t bytes);
@@ -115,6 +124,7 @@ void arrive(uint32_t at, int bytes);
 void wait(uint32_t at, uint32_t parity);
 void copy_box(uint32_t to, const TensorMap& map, int row, int column, uint32_t barrier);
 void sync_named(int barrier, int threads);
+void fence_products();
 void begin_product(const WarpgroupProduct& product);
 void commit_products();
 void finish_products(size_t pending_groups);
@@ -233,18 +243,20 @@ inline uint32_t ballot(bool flag) {
 
 inline void sync_block() { emulation::barrier(); }
 
+inline void trap() { emulation::fail("a trap"); }
+
 constexpr bool kHasWgmma = true;
 using TensorMap = emulation::TensorMap;
 
 inline cudaError_t describe(TensorMap* map, const void* data, bool, int64_t rows, int64_t columns, int64_t step, int box_rows) {
   // what the driver's encoder refuses
-  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || step * 2 % 16 != 0 || box_rows > 256) {
-    return cudaErrorInvalidValue;
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || step * 2 % 16 != 0 || step < columns || box_rows > 256) {
+    return cudaErrorNotSupported;
   }
   *map = {data, rows, columns, step, box_rows};
   return cudaSuccess;
 }
-inline bool has_wgmma() { return true; }
+inline bool has_wgmma() { return emulation::has_wgmma; }
 
 inline void init_barrier(uint32_t barrier, int arrivals) { emulation::init_barrier(barrier, arrivals); }
 inline void publish_barriers() {}
@@ -260,7 +272,7 @@ void give_up_registers() {}
 template <int REGISTERS>
 void claim_registers() {}
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() { emulation::fence_products(); }
 inline void wgmma_commit() { emulation::commit_products(); }
 template <int PENDING>
 void wgmma_wait() {

@@ -1,4 +1,4 @@
-// Kernels with one fault each, which the emulator has to find: tests/kernels/test_emulation.py names them.
+// What tests/kernels/test_emulation.py asks of the emulator: kernels with one fault each, which it has to find, and its device.
 #include <cstring>
 
 #include "numbers.cuh"
@@ -30,18 +30,27 @@ void copy_tile(const float* data) {
   ptx::copy_box(0, &map, 0, 0, 16000);
 }
 
-// Multiplies a tile that was copied; `releases_early`: its slot is filled again before the product was waited for.
-void multiply_tile(const float* data, bool releases_early) {
+enum class Mistake { kNone, kReleasesEarly, kNoFence, kOtherStride };
+
+// Multiplies a tile that was copied; kReleasesEarly: its slot is filled again before the product was waited for.
+void multiply_tile(const float* data, Mistake mistake) {
   float sum[32] = {};
   const uint32_t a[4] = {};
-  const uint64_t tile = described_tile();
+  uint64_t tile = described_tile();
   if (threadIdx.x == 0) {
     copy_tile(data);
   }
   ptx::wait(16000, 0);
+  if (mistake == Mistake::kOtherStride) {
+    // twice the bytes between groups of 8 rows
+    tile += uint64_t{1024 >> 4} << 32;
+  }
+  if (mistake != Mistake::kNoFence) {
+    ptx::wgmma_fence();
+  }
   ptx::wgmma<true>(sum, a, tile);
   ptx::wgmma_commit();
-  if (releases_early && threadIdx.x == 0) {
+  if (mistake == Mistake::kReleasesEarly && threadIdx.x == 0) {
     copy_tile(data);
   }
   ptx::wgmma_wait<0>();
@@ -111,8 +120,10 @@ const Fault kFaults[] = {
        ptx::load_matrices(to, threadIdx.x % 32 * 128);
      }},
     {"shared memory not as declared", [](const float*) { ptx::declare_shared<kSharedBytes / 2>(); }},
-    {"none, of a warpgroup", [](const float* data) { multiply_tile(data, false); }},
-    {"a slot filled before its product", [](const float* data) { multiply_tile(data, true); }},
+    {"none, of a warpgroup", [](const float* data) { multiply_tile(data, Mistake::kNone); }},
+    {"a slot filled before its product", [](const float* data) { multiply_tile(data, Mistake::kReleasesEarly); }},
+    {"a product without a fence", [](const float* data) { multiply_tile(data, Mistake::kNoFence); }},
+    {"an operand of another stride", [](const float* data) { multiply_tile(data, Mistake::kOtherStride); }},
     {"more arrivals than a barrier waits for",
      [](const float*) {
        described_tile();
@@ -130,6 +141,11 @@ const Fault kFaults[] = {
 
 }  // namespace
 }  // namespace svf::cuda
+
+extern "C" void emulated_set_wgmma(bool has_wgmma) { emulation::has_wgmma = has_wgmma; }
+
+// Of the last launch.
+extern "C" int emulated_shared_bytes() { return emulation::shared_bytes; }
 
 // What the emulator says of a fault, nothing where it finds none; null for a name that there is not.
 extern "C" const char* emulated_fault(const char* name) {

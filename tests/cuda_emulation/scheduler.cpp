@@ -17,6 +17,7 @@ namespace emulation {
 Block block;
 Thread* current = nullptr;
 uint64_t progress = 0;
+int shared_bytes = 0;
 
 namespace {
 
@@ -208,6 +209,7 @@ void sync_named(int barrier, int threads) {
 cudaError_t run(int64_t blocks, int threads, int shared, const std::function<void()>& kernel) {
   has_failed = false;
   running = &kernel;
+  shared_bytes = shared;
   if (threads % 32 != 0 || threads > kMostThreads || shared > kLargestShared || blocks < 1) {
     message = "a launch that no device can run";
     return cudaErrorInvalidValue;

@@ -68,6 +68,8 @@ void check_place(uint32_t offset, size_t bytes, size_t alignment);
 void check_written(size_t offset, size_t bytes);
 // The float32 of a half precision's bits, `kind` as warp-wide operations are called.
 float from_half(uint16_t bits, int kind);
+// As tensor cores round a sum: toward zero.
+float truncated(double sum);
 
 // Has `threads` come together, the last of them doing `act`.
 template <class Act>

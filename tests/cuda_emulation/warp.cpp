@@ -42,11 +42,17 @@ float from_half(uint16_t bits, int kind) {
   return svf::cuda::ptx::from_bits(uint32_t{bits} << 16);
 }
 
+float truncated(double sum) {
+  const auto nearest = static_cast<float>(sum);
+  return std::isfinite(nearest) && std::fabs(nearest) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // mma.m16n8k16 of half precisions, mma.m16n8k8 of TF32: where each lane's registers lie in a, b and the sum.
 void multiply(Warp& warp, int kind) {
   const bool is_half = kind != svf::cuda::ptx::kTf32;
   const int depth = is_half ? 16 : 8;
-  float a[16][16], b[16][8], sum[16][8];
+  float a[16][16], b[16][8];
+  double sum[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto* words = warp.from<uint32_t>(lane);
     const int row = lane / 4, within = lane % 4;
@@ -70,19 +76,19 @@ void multiply(Warp& warp, int kind) {
       }
     }
     for (int i = 0; i < 4; ++i) {
-      std::memcpy(&sum[row + i / 2 * 8][within * 2 + i % 2], words + 6 + i, 4);
+      sum[row + i / 2 * 8][within * 2 + i % 2] = svf::cuda::ptx::from_bits(words[6 + i]);
     }
   }
   for (int m = 0; m < 16; ++m) {
     for (int k = 0; k < depth; ++k) {
       for (int n = 0; n < 8; ++n) {
-        sum[m][n] += a[m][k] * b[k][n];
+        sum[m][n] += double{a[m][k]} * b[k][n];
       }
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
-      warp.to<float>(lane)[i] = sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+      warp.to<float>(lane)[i] = truncated(sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
     }
   }
 }

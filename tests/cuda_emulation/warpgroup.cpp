@@ -7,6 +7,8 @@
 
 namespace emulation {
 
+bool has_wgmma = true;
+
 static Mbarrier& mbarrier(uint32_t at) {
   const auto found = block.mbarriers.find(at);
   if (found == block.mbarriers.end()) {
@@ -92,7 +94,12 @@ void wait(uint32_t at, uint32_t parity) {
   }
 }
 
+void fence_products() { current->is_fenced = true; }
+
 void begin_product(const WarpgroupProduct& product) {
+  if (!current->is_fenced) {
+    fail("a wgmma without a fence before its group");
+  }
   current->products.push_back(product);
   ++current->uncommitted_products;
 }
@@ -100,6 +107,7 @@ void begin_product(const WarpgroupProduct& product) {
 void commit_products() {
   current->product_groups.push_back(current->uncommitted_products);
   current->uncommitted_products = 0;
+  current->is_fenced = false;
 }
 
 // Element (row, k) of a K-major operand [rows, 16] described with the 128-byte swizzle.
@@ -107,6 +115,10 @@ static float operand(uint64_t descriptor, int row, int k, int kind) {
   const auto start = static_cast<uint32_t>(descriptor & 0x3FFF) << 4, group = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
   if (descriptor >> 62 != 1) {
     fail("an operand of wgmma that is not swizzled by 128 bytes");
+  }
+  // 8 rows of 128 bytes, from a multiple of which the swizzle counts; the contraction goes on within a row
+  if (group != 1024 || start % 1024 >= 128 || (descriptor >> 49 & 7) != 0) {
+    fail("an operand of wgmma at %u with groups of 8 rows %u bytes apart", start, group);
   }
   const uint32_t at = swizzled(start + row / 8 * group + row % 8 * 128 + k * 2);
   check_place(at, 2, 2);
@@ -121,7 +133,8 @@ static void carry_out(int first, size_t index) {
   const WarpgroupProduct& common = block.threads[first].products[index];
   const int kind = common.is_bfloat16 ? svf::cuda::ptx::kBFloat16 : svf::cuda::ptx::kFloat16;
   float a[64][16];
-  std::vector<float> b(16 * common.columns), sum(common.columns);
+  std::vector<float> b(16 * common.columns);
+  std::vector<double> sum(common.columns);
   for (int k = 0; k < 16; ++k) {
     for (int n = 0; n < common.columns; ++n) {
       b[k * common.columns + n] = operand(common.b, n, k, kind);
@@ -151,11 +164,11 @@ static void carry_out(int first, size_t index) {
     }
     for (int k = 0; k < 16; ++k) {
       for (int n = 0; n < common.columns; ++n) {
-        sum[n] += a[m][k] * b[k * common.columns + n];
+        sum[n] += double{a[m][k]} * b[k * common.columns + n];
       }
     }
     for (int n = 0; n < common.columns; ++n) {
-      element(m, n) = sum[n];
+      element(m, n) = truncated(sum[n]);
     }
   }
 }

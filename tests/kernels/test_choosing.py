@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from conv_cases import CASES, EXTRAS, ConvCase, make_problem
 from device import DEVICE
 from error_ratio import assert_close
+from torch import Tensor
 from ways import on_device
 
 from svf_fast import functional
@@ -18,7 +20,7 @@ from svf_fast.backends import measured as measuring
 from svf_fast.backends.by_ways import WaysBackend
 from svf_fast.backends.kernel_set import KernelSet
 from svf_fast.backends.measured import Measured
-from svf_fast.backends.ways import COMPOSED, Way, first_offer
+from svf_fast.backends.ways import COMPOSED, Key, Way, first_offer
 from svf_fast.choice import Chooser
 
 CASE = ConvCase(channels=(24, 32), kernel=(1, 1), padding=(0, 0))
@@ -99,8 +101,9 @@ def test_a_choice_on_record_that_is_no_longer_on_offer_is_made_anew(measured: li
     """Tiles of another version, say."""
     chooser = Chooser("a test", lambda way: [1.0])
     picks = Measured(chooser)
-    chooser._known[("k",)] = "fused 1x1"
-    assert picks(("k",), lambda: [Way("project")], lambda way: (torch.ones(3),)) == COMPOSED
+    key = Key("a test", "ieee")
+    chooser._known[key] = "fused 1x1"
+    assert picks(key, lambda: [Way("project")], lambda way: (torch.ones(3),)) == COMPOSED
 
 
 def test_a_way_that_computes_something_else_is_never_taken(
@@ -120,6 +123,26 @@ def test_a_way_that_computes_something_else_is_never_taken(
     with pytest.warns(UserWarning, match="differs from stock operations by .* and is not used"):
         out = problem.run()
     assert_close(out, problem.reference(out["y"]), torch.float32)
+
+
+def test_a_search_that_names_other_winners_is_never_taken(
+    measured: list[Any], kernels: KernelSet, within: Callable[[Any], Any]
+) -> None:
+    """Its largest cosines may be right: what gradients are sent to are the winners."""
+
+    class Wrong:
+        @staticmethod
+        def max_cosine(*arguments: Any) -> tuple[Tensor, Tensor]:
+            value, winner = kernels.cosine.max_cosine(*arguments)
+            return value, (winner + 1) % 20
+
+    query, support = (torch.randn(2, 16, 4, 5, generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in (0, 1))
+    broken: Any = Wrong()
+    picks = Measured(Chooser("another test", lambda way: [1.0]))
+    backend = WaysBackend(replace(kernels, cosine=broken), picks)
+    with pytest.warns(UserWarning, match="streamed differs from stock operations"):
+        _, winner = backend.max_cosine(query, support, None, 1e-7)
+    assert torch.equal(winner, kernels.cosine.max_cosine(query, support, None, 1e-7)[1])
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("PassManager::run failed")], ids=str)

@@ -118,6 +118,25 @@ def test_backward_from_the_rows_that_won_or_the_whole_support(is_gathered: bool,
     )  # fmt: skip
 
 
+def test_one_mask_for_all_pictures(kernels: KernelSet) -> None:
+    """Expanded: its rows are one in memory."""
+    query, support = (features(3, 8, 5, 6, seed=n, dtype=torch.float32).to(DEVICE) for n in (27, 28))
+    mask = make_mask("soft", 1, 5, 6)
+    assert mask is not None
+    mask = mask.float().to(DEVICE).expand(3, -1, -1, -1)
+    assert mask.stride(0) == 0
+    value, winners = kernels.cosine.max_cosine(query, support, mask, 1e-7)
+    dvalue = features(3, 30, seed=29, dtype=torch.float32).to(DEVICE)
+    dquery, dsupport = kernels.cosine.max_cosine_backward(
+        dvalue, query, support, winners, mask, 1e-7, support.shape, False, True, True
+    )
+    q, a = (t.double().requires_grad_() for t in (query, support))
+    exact = max_cosine_matrix(q, a, mask.double())
+    (exact * dvalue.double()).sum().backward()
+    expected = {"value": exact.detach(), "dquery": q.grad, "dsupport": a.grad}
+    assert_close({"value": value, "dquery": dquery, "dsupport": dsupport}, expected, torch.float32)
+
+
 def test_the_result_may_be_written_to() -> None:
     query, support = (features(1, 4, 3, 3, seed=n, dtype=torch.float32).to(DEVICE) for n in (25, 26))
     value = max_cosine(query.requires_grad_(), support)

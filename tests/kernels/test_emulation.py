@@ -7,14 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import emulated
 import pytest
 import torch
-from device import kernel_set, why_missing
+from device import DEVICE, kernel_set, why_missing
 
+from svf_fast.backends import cuda_kernels
+from svf_fast.backends.kernel_set import Config, Outputs
 from svf_fast.bench import nvcc
+from svf_fast.contract import Geometry, Layer
 
 FAULTS = {
     "read but never written": "read but was never written",
@@ -31,6 +35,8 @@ FAULTS = {
     "rows in the same banks": "in the same banks",
     "shared memory not as declared": "where the kernel declares 8192",
     "a slot filled before its product": "before its copy was waited for",
+    "a product without a fence": "a wgmma without a fence",
+    "an operand of another stride": "groups of 8 rows 2048 bytes apart",
     "more arrivals than a barrier waits for": "more arrivals",
     "a barrier that nobody completes": "wait for each other for ever",
 }
@@ -65,6 +71,62 @@ def test_what_a_kernel_cannot_take_is_refused_with_a_sentence() -> None:
         kernels.elementwise.pack(torch.ones(8, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="out must have 8 elements of type Float, got 4"):
         torch.ops.svf_fast_emulated.cuda_keep_masked(torch.ones(8), torch.ones(1, dtype=torch.uint8), torch.ones(4))
+    with pytest.raises(RuntimeError, match="values must be dense"):
+        kernels.elementwise.pack(torch.ones(8, 2)[:, 0])
+
+
+def library() -> ctypes.CDLL:
+    """The emulator beside the kernels."""
+    if why_missing("cuda") is not None or DEVICE == "cuda":
+        pytest.skip(why_missing("cuda") or "the kernels are not emulated where there is a device")
+    return ctypes.CDLL(str(emulated.load()))
+
+
+def pointwise(dtype: torch.dtype, rank: int, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """y of one picture by the back-to-back kernel, and by float64."""
+    generator = torch.Generator().manual_seed(rank)
+    x, v, u = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((9, rank), (rank, rank), (16, rank)))
+    s = torch.rand(rank, generator=generator)
+    picture = x.view(1, 3, 3, rank).permute(0, 3, 1, 2)
+    y = torch.empty(1, 16, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    layer = Layer(v.view(rank, rank, 1, 1), s, u, None, None, Geometry())
+    precision = "ieee" if dtype == torch.bfloat16 else "tf32x3"
+    kernel_set("cuda").back_to_back.forward(picture, layer, s, None, Outputs(y), config, precision)
+    exact = (x.double() @ v.double().mT * s.double()) @ u.double().mT
+    return y.permute(0, 2, 3, 1).reshape(9, 16), exact
+
+
+def test_offers_know_the_shared_memory_of_the_kernels() -> None:
+    """A device that has one byte less is not offered the kernel."""
+    emulator = library()
+    for dtype, rank in product((torch.bfloat16, torch.float32), (128, 256)):
+        precision = "ieee" if dtype == torch.bfloat16 else "tf32x3"
+        *_, config = cuda_kernels.Offers(False).back_to_back_forward(rank, precision, False, True)
+        pointwise(dtype, rank, config)
+        taken = emulator.emulated_shared_bytes()
+        for less in (0, 1):
+            offers = cuda_kernels.Offers(False, taken - less)
+            assert bool(offers.back_to_back_forward(rank, precision, False, True)) == (less == 0)
+            assert bool(offers.back_to_back_backward(rank, precision, False)) == (less == 0)
+
+
+def test_without_wgmma_its_tile_is_computed_otherwise() -> None:
+    emulator = library()
+    by_wgmma, other = cuda_kernels.Offers(True).back_to_back_forward(128, "ieee", False, True)
+    assert torch.ops.svf_fast_emulated.cuda_has_wgmma()
+    taken = []
+    try:
+        for has_wgmma in (True, False):
+            emulator.emulated_set_wgmma(has_wgmma)
+            for config in (by_wgmma, other):
+                y, exact = pointwise(torch.bfloat16, 128, config)
+                taken.append(emulator.emulated_shared_bytes())
+                assert torch.linalg.vector_norm(y - exact) < 1e-2 * torch.linalg.vector_norm(exact)
+    finally:
+        emulator.emulated_set_wgmma(True)
+    assert taken[0] > taken[1] == taken[2] == taken[3]
+    with pytest.raises(RuntimeError, match="could not be launched"):
+        pointwise(torch.bfloat16, 128, by_wgmma._replace(BM=96))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from svf_fast.backends.by_ways import WaysBackend
 from svf_fast.backends.kernel_set import KernelSet
 from svf_fast.backends.ways import Way, first_offer
 from svf_fast.kernels import configs
-from svf_fast.quantize import GROUP_PIXELS
+from svf_fast.quantize import GROUP_PIXELS, quantize
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SAVES = ("exact", "int8", "recompute")
@@ -283,6 +283,32 @@ def test_a_chain_rebuilds_its_layers_in_backward(name: str, kernels: KernelSet, 
         results.append([y.detach(), *gradients])
     for a, b in zip(*results, strict=True):
         assert error_ratio(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fused", "project"])
+def test_float32_over_a_long_contraction(name: str, kernels: KernelSet, within: Callable[[Any], Any]) -> None:
+    """What tensor cores truncate must not add up: 2048 products a sum, in forward (fused) and backward."""
+    case = ConvCase(batch=1, channels=(2048, 2048), kernel=(1, 1), padding=(0, 0), size=(3, 3), rank=16)
+    problem = on_device(make_problem(case, torch.float32, {}, memory_format=torch.channels_last), DEVICE)
+    with within(path(kernels, name)):
+        check(problem, "exact", torch.float32, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_int8_by_the_kernel_is_int8_by_stock_operations(dtype: torch.dtype, kernels: KernelSet) -> None:
+    """Level by level; on a device the compiler may round once where stock operations round twice."""
+    for layout, rank in product(LAYOUTS, (5, 72)):
+        z = torch.randn(3, rank, 7, 9, generator=torch.Generator().manual_seed(rank)).to(dtype)
+        z[0, 1] = 0
+        z = z.contiguous(memory_format=layout).to(DEVICE)
+        expected, expected_scale = quantize(z, GROUP_PIXELS)
+        q, q_scale = torch.empty_like(expected), torch.empty_like(expected_scale)
+        kernels.elementwise.quantize(z, q, q_scale)
+        off = (q.int() - expected.int()).abs()
+        assert q.stride() == z.stride() == expected.stride()
+        assert off.max() <= (DEVICE == "cuda")
+        assert off.float().mean() < 1e-3
+        assert torch.allclose(q_scale, expected_scale, rtol=1e-6)
 
 
 def test_the_same_bits_run_to_run(kernels: KernelSet, within: Callable[[Any], Any]) -> None:

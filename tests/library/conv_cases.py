@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svf_fast import functional, reference
 from svf_fast.decompose import decompose
@@ -188,9 +188,10 @@ def make_problem(
         )
     return Problem(
         x,
-        v.to(dtype),
+        # as a module has them
+        nn.Parameter(v.to(dtype), requires_grad=False),
         s.to(vector_dtype),
-        u.to(dtype),
+        nn.Parameter(u.to(dtype), requires_grad=False),
         normal(*like.shape).to(dtype),
         vectors,
         residual,
