@@ -6,11 +6,13 @@
 
 namespace svf::cuda {
 
-// Blocks that a multiprocessor should hold at once, where registers suffice: two hide each other's waits. The compiler for compute capability
-// 10.0 cannot do with half of the registers behind a gradient at the larger rank.
+// Blocks that a multiprocessor should hold at once, where registers suffice: two hide each other's waits. Below compute capability 9.0 there
+// is shared memory for one. The compiler for 10.0 cannot do with half of the registers behind a gradient at the larger rank.
 template <Products P, int R, bool IS_BACKWARD>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kBackToBackResident = P == Products::kTf32x3 || (IS_BACKWARD && R > 128) ? 1 : 2;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBackToBackResident = 1;
 #else
 constexpr int kBackToBackResident = P == Products::kTf32x3 ? 1 : 2;
 #endif

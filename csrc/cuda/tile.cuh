@@ -178,7 +178,8 @@ struct WarpTile {
   template <Products P, bool ACROSS>
   __device__ __forceinline__ void add(uint32_t panel, uint32_t factor) {
     const int lane = threadIdx.x % 32;
-#pragma unroll
+    // three products of all steps at once would not fit in the registers of the larger tiles
+#pragma unroll (P == Products::kTf32x3 ? 1 : kSteps)
     for (int step = 0; step < kSteps; ++step) {
       Operand<P> a[M];
 #pragma unroll
