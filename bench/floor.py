@@ -258,6 +258,8 @@ def main() -> None:
     reason = native.why_unusable("cpu")
     if reason is not None:
         raise SystemExit(f"there is nothing to measure: {reason}")
+    if options.instruction_set:
+        torch.ops.svf_fast_cpp.use_instruction_set(options.instruction_set)
     require_the_same_bits(options.size)
     for threads in options.threads:
         torch.set_num_threads(threads)
@@ -272,7 +274,12 @@ def main() -> None:
             "size": options.size, "rounds": options.rounds, "threads": threads, "layout": "channels_last",
             "instruction_set": torch.ops.svf_fast_cpp.instruction_set(),
         }  # fmt: skip
-        results.write(options.out, f"floor_resnet50_{options.size}_{threads}threads", settings, rows)
+        results.write(
+            options.out,
+            f"floor_resnet50_{options.size}_{threads}threads{f'_{options.instruction_set}' if options.instruction_set else ''}",
+            settings,
+            rows,
+        )
 
 
 if __name__ == "__main__":
