@@ -252,6 +252,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=321)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
+        "--instruction-set",
+        help="ours in an older one; the library calls follow ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS and ATEN_CPU_CAPABILITY",
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="also Algorithm 1 under torch.compile (minutes to compile)"
     )
     options = parser.parse_args()
