@@ -10,15 +10,6 @@ namespace {
 #include "vector_avx2.h"
 #include "gemm.h"
 using Half = Single;
-#include "pack.h"
-#include "rows.h"
-#include "kept_z.h"
-#include "masks.h"
-#include "tile.h"
-#include "winograd.h"
-#include "forward.h"
-#include "backward.h"
-#include "cosine.h"
 #include "instruction_set.h"
 }  // namespace
 const Kernels& avx2_kernels() { return table("avx2"); }

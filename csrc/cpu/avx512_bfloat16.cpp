@@ -10,15 +10,6 @@ namespace {
 #include "vector_avx512.h"
 #include "gemm.h"
 #include "bfloat16_vector.h"
-#include "pack.h"
-#include "rows.h"
-#include "kept_z.h"
-#include "masks.h"
-#include "tile.h"
-#include "winograd.h"
-#include "forward.h"
-#include "backward.h"
-#include "cosine.h"
 #include "instruction_set.h"
 }  // namespace
 const Kernels& avx512_bfloat16_kernels() { return table("avx512_bfloat16"); }

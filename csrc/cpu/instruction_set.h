@@ -1,4 +1,14 @@
-// All kernels of one instruction set and their table. Included last by the file that names the set.
+// All kernels of one instruction set and their table. Included last by the file that names the set, behind its vectors, the products
+// (gemm.h) and what multiplies bfloat16 (`Half`).
+#include "pack.h"
+#include "rows.h"
+#include "kept_z.h"
+#include "masks.h"
+#include "tile.h"
+#include "winograd.h"
+#include "forward.h"
+#include "backward.h"
+#include "cosine.h"
 
 inline const Kernels& table(const char* name) {
   static const Kernels kernels{

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from svf_fast.backends.composed import ComposedBackend
+from svf_fast.backends.kernel_set import why_no_device
 from svf_fast.contract import Backend
 
 NAMES = ("auto", "torch", "cpp", "triton")
@@ -49,12 +50,7 @@ def _why_no_triton(device: str) -> str | None:
         return f"Triton's kernels run on CUDA devices, not on {device}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if torch.version.hip is not None:
-        return "the kernels are for NVIDIA devices"
-    major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"the kernels need compute capability 8.0 or newer, this device has {major}.{minor}"
+    return why_no_device()
 
 
 _composed = ComposedBackend()

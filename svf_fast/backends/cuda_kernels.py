@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svf_fast.backends import native
 from svf_fast.backends.by_ways import WaysBackend, measured_backend
-from svf_fast.backends.kernel_set import Config, Gradients, KernelSet, Outputs, product_precision
+from svf_fast.backends.kernel_set import Config, Gradients, KernelSet, Outputs, product_precision, why_no_device
 from svf_fast.backends.streamed_cosine import rows, search, won
 from svf_fast.bits import packed_bytes
 from svf_fast.contract import Kept, Layer, dense, memory_format_of
@@ -185,19 +185,12 @@ def why_unusable() -> str | None:
         return reason
     if not native.has_cuda_kernels():
         return "the extension was built without its CUDA kernels: they need nvcc on PATH while it is built"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if torch.version.hip is not None:
-        return "the kernels are for NVIDIA devices"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"the kernels need compute capability 8.0 or newer, this device has {major}.{minor}"
-    return _launch_error(torch.cuda.current_device())
+    return why_no_device() or _launch_error(torch.cuda.current_device())
 
 
 @cache
 def _launch_error(device: int) -> str | None:
-    """What the device says to the smallest of the kernels, one that was compiled for other architectures say; None where it runs."""
+    """What the device says to the smallest of the kernels, such as one compiled for other architectures alone; None where it runs."""
     values = torch.ones(8, device=torch.device("cuda", device))
     try:
         torch.ops.svf_fast_cpp.cuda_pack(values, values.new_empty(1, dtype=torch.uint8))

@@ -146,6 +146,16 @@ class KernelSet:
     masks_epilogue: Callable[[Tensor], bool]
 
 
+def why_no_device() -> str | None:
+    """Why fused kernels cannot run on this process's CUDA devices, whoever compiles them, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA devices"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"the kernels need compute capability 8.0 or newer, this device has {major}.{minor}"
+
+
 def strides_of(t: Tensor, step: tuple[int, int] = (1, 1)) -> Strides:
     """Strides (n, h, w, c) of t [N, C, H, W] when every `step`-th pixel is visited."""
     n, c, h, w = t.stride()
