@@ -42,7 +42,8 @@ class LayerProblem:
         taps, rank = shape.taps, shape.rank
         v = orthonormal(shape.inputs * taps**2, rank).mT.reshape(rank, shape.inputs, taps, taps)
         self.v = v.to(dtype).contiguous(memory_format=torch.channels_last)
-        self.u = orthonormal(shape.outputs, rank).to(dtype)
+        # dense, as a converted module has it
+        self.u = orthonormal(shape.outputs, rank).to(dtype).contiguous()
         self.s = (random(rank).abs() + 0.1).requires_grad_()
         self.mean, self.bias = random(shape.outputs), random(shape.outputs)
         self.variance, self.weight = random(shape.outputs).abs() + 0.5, random(shape.outputs).abs() + 0.5

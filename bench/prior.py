@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from svf_fast import functional, reference
+from svf_fast.backends.kernel_set import product_precision
 from svf_fast.bench import clock as clocks
 from svf_fast.bench import results
 from svf_fast.bench.clock import Clock, interleaved
 from svf_fast.bench.equality import ratio
 from svf_fast.memory import kept_bytes
+
+# ‖out − ref‖ / ‖ref‖ of a product by TF32
+TF32_LIMIT = 2e-3
 
 
 def time_prior(channels: int, side: int, dtype: torch.dtype, clock: Clock, rounds: int) -> dict[str, Any]:
@@ -37,8 +41,9 @@ def time_prior(channels: int, side: int, dtype: torch.dtype, clock: Clock, round
     exact = reference.max_cosine_matrix(query.detach().double(), support.detach().double(), mask.double())
     result: dict[str, Any] = {"channels": channels, "side": side, "dtype": str(dtype)}
     result["error"] = {name: ratio(form().detach(), exact) for name, form in forms.items()}
-    # the streamed form accumulates in float32 whatever the features are
-    result["is_equal"] = result["error"]["streamed"] <= max(result["error"]["matrix"], 1e-5) * 2
+    # the streamed form accumulates in float32 whatever the features are; TF32 rounds operands, and how differs between kernels
+    limit = TF32_LIMIT if product_precision(dtype) == "tf32" and clock.device == "cuda" else 2e-5
+    result["is_equal"] = result["error"]["streamed"] <= max(2 * result["error"]["matrix"], limit)
     result["kept_bytes"] = {name: kept_bytes(form, owned=[query, support, mask]) for name, form in forms.items()}
     if result["is_equal"]:
         steps = {n: partial(_gradients, form, (query, support), dvalue) for n, form in forms.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from svf_fast.backends.kernel_set import Config, Gradients, Outputs, blocks, strides_of
 from svf_fast.contract import Kept, Layer
 from svf_fast.kernels.gradient import projected_gradient, store_partial
-from svf_fast.kernels.launch import PICTURE_SIZES, has_words, is_uniform
+from svf_fast.kernels.launch import PICTURE_SIZES, has_words, is_uniform, launch
 from svf_fast.kernels.tiles import finish, rows_of, store_bits, store_quantized, tile_offsets
 
 
@@ -122,10 +122,11 @@ def forward(
         out.z_strides(),
     )  # fmt: skip
     uniform = is_uniform((batch, height, width), max(x.shape[1], layer.u.shape[1], channels), strides)
-    forward_kernel[(blocks(pixels, config.BM),)](
-        x, layer.v, s, layer.u, layer.scale, layer.shift, residual, out.y, out.mask, out.z, out.q, out.q_scale,
-        pixels, height * width, width, x.shape[1], layer.u.shape[1], channels,
-        *strides, layer.relu, precision, uniform, config.BM, config.BN, config.BK, config.BR, **config.options(),
+    launch(
+        forward_kernel, (blocks(pixels, config.BM), 1, 1),
+        (x, layer.v, s, layer.u, layer.scale, layer.shift, residual, out.y, out.mask, out.z, out.q, out.q_scale),
+        (pixels, height * width, width, x.shape[1], layer.u.shape[1], channels, *strides),
+        (layer.relu, precision, uniform, config.BM, config.BN, config.BK, config.BR), config.options(),
     )  # fmt: skip
 
 
@@ -142,11 +143,12 @@ def backward(
         strides_of(dx, layer.geometry.stride),
     )  # fmt: skip
     uniform = is_uniform((batch, height, width), max(dx.shape[1], layer.u.shape[1], channels), strides)
-    backward_kernel[(blocks(pixels, config.BM),)](
-        dy, kept.mask if kept.mask.numel() else None, layer.u, layer.scale, s, layer.v,
-        None if is_int8 else kept.z, kept.z if is_int8 else None, kept.z_scale if is_int8 else None,
-        out.d, dx, out.partial,
-        pixels, height * width, width, dx.shape[1], layer.u.shape[1], channels,
-        *strides, has_words(out.y_strides, channels), precision, uniform,
-        config.BM, config.BN, config.BK, config.BR, **config.options(),
+    launch(
+        backward_kernel, (blocks(pixels, config.BM), 1, 1),
+        (dy, kept.mask if kept.mask.numel() else None, layer.u, layer.scale, s, layer.v,
+         None if is_int8 else kept.z, kept.z if is_int8 else None, kept.z_scale if is_int8 else None,
+         out.d, dx, out.partial),
+        (pixels, height * width, width, dx.shape[1], layer.u.shape[1], channels, *strides),
+        (has_words(out.y_strides, channels), precision, uniform, config.BM, config.BN, config.BK, config.BR),
+        config.options(),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from svf_fast.backends.kernel_set import Outputs, blocks, strides_of
 from svf_fast.bits import packed_bytes
 from svf_fast.contract import Layer, dense_view
-from svf_fast.kernels.launch import PICTURE_SIZES, is_uniform
+from svf_fast.kernels.launch import PICTURE_SIZES, is_uniform, launch
 from svf_fast.kernels.tiles import finish, rows_of, store_bits, store_quantized, tile_offsets
 
 # Memory-bound: enough for every thread to hold a few 16-byte accesses.
@@ -85,7 +85,7 @@ def pack(y: Tensor) -> Tensor:
     """Mask [ceil(n / 8)] uint8 of the non-zero elements of a dense y, in memory order."""
     flat = dense_view(y)
     mask = torch.empty(packed_bytes(flat.numel()), dtype=torch.uint8, device=y.device)
-    pack_kernel[(blocks(flat.numel(), _FLAT),)](flat, mask, flat.numel(), _FLAT, num_warps=8)
+    launch(pack_kernel, (blocks(flat.numel(), _FLAT), 1, 1), (flat, mask), (flat.numel(),), (_FLAT,), {"num_warps": 8})
     return mask
 
 
@@ -93,7 +93,9 @@ def keep_masked(values: Tensor, mask: Tensor) -> Tensor:
     """Copy of the dense `values` with exact zeros where the mask's bit is 0."""
     flat = dense_view(values)
     out = torch.empty_like(flat)
-    keep_kernel[(blocks(flat.numel(), _FLAT),)](flat, mask, out, flat.numel(), _FLAT, num_warps=8)
+    launch(
+        keep_kernel, (blocks(flat.numel(), _FLAT), 1, 1), (flat, mask, out), (flat.numel(),), (_FLAT,), {"num_warps": 8}
+    )  # fmt: skip
     return out.as_strided(values.shape, values.stride())
 
 
@@ -104,9 +106,10 @@ def epilogue(layer: Layer, residual: Tensor | None, out: Outputs) -> None:
     strides = strides_of(out.y), strides_of(out.y if residual is None else residual)
     uniform = is_uniform((batch, height, width), channels, strides)
     BM, BN = _TILE
-    epilogue_kernel[(blocks(pixels, BM) * blocks(channels, BN),)](
-        out.y, layer.scale, layer.shift, residual, out.mask, pixels, height * width, width, channels, *strides,
-        layer.relu, uniform, BM, BN, num_warps=4,
+    launch(
+        epilogue_kernel, (blocks(pixels, BM) * blocks(channels, BN), 1, 1),
+        (out.y, layer.scale, layer.shift, residual, out.mask), (pixels, height * width, width, channels, *strides),
+        (layer.relu, uniform, BM, BN), {"num_warps": 4},
     )  # fmt: skip
 
 
@@ -117,6 +120,7 @@ def quantize(z: Tensor, q: Tensor, q_scale: Tensor) -> None:
     strides = strides_of(z), strides_of(q)
     uniform = is_uniform((batch, height, width), rank, strides)
     BM, BR = _TILE
-    quantize_kernel[(blocks(pixels, BM) * blocks(rank, BR),)](
-        z, q, q_scale, pixels, height * width, width, rank, *strides, uniform, BM, BR, num_warps=4
-    )
+    launch(
+        quantize_kernel, (blocks(pixels, BM) * blocks(rank, BR), 1, 1), (z, q, q_scale),
+        (pixels, height * width, width, rank, *strides), (uniform, BM, BR), {"num_warps": 4},
+    )  # fmt: skip

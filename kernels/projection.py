@@ -14,7 +14,7 @@ from torch import Tensor
 from svf_fast.backends.kernel_set import Config, Gradients, Outputs, blocks, strides_of
 from svf_fast.contract import Kept, Layer
 from svf_fast.kernels.gradient import projected_gradient, store_partial
-from svf_fast.kernels.launch import PICTURE_SIZES, has_words, is_uniform
+from svf_fast.kernels.launch import PICTURE_SIZES, has_words, is_uniform, launch
 from svf_fast.kernels.tiles import finish, rows_of, store_bits, store_quantized, tile_offsets
 
 
@@ -110,10 +110,11 @@ def forward(
         strides_of(z), strides_of(out.y), strides_of(out.y if residual is None else residual), out.z_strides(),
     )  # fmt: skip
     uniform = is_uniform((batch, height, width), max(z.shape[1], channels), strides)
-    forward_kernel[(blocks(pixels, config.BM) * blocks(channels, config.BN),)](
-        z, left, layer.scale, layer.shift, residual, out.y, out.mask, out.q, out.q_scale,
-        pixels, height * width, width, z.shape[1], channels,
-        *strides, layer.relu, precision, uniform, config.BM, config.BN, config.BK, **config.options(),
+    launch(
+        forward_kernel, (blocks(pixels, config.BM) * blocks(channels, config.BN), 1, 1),
+        (z, left, layer.scale, layer.shift, residual, out.y, out.mask, out.q, out.q_scale),
+        (pixels, height * width, width, z.shape[1], channels, *strides),
+        (layer.relu, precision, uniform, config.BM, config.BN, config.BK), config.options(),
     )  # fmt: skip
 
 
@@ -137,10 +138,11 @@ def backward(
         out.y_strides if weighted is None else strides_of(weighted),
     )  # fmt: skip
     uniform = is_uniform((batch, height, width), max(rank, channels), strides)
-    backward_kernel[(blocks(pixels, config.BM) * blocks(rank, config.BR),)](
-        dy, kept.mask if kept.mask.numel() else None, layer.u, layer.scale, s,
-        None if is_int8 else kept.z, kept.z if is_int8 else None, kept.z_scale if is_int8 else None,
-        out.d, weighted, out.partial,
-        pixels, height * width, width, rank, channels,
-        *strides, has_words(out.y_strides, channels), precision, uniform, config.BM, config.BN, config.BR, **config.options(),
+    launch(
+        backward_kernel, (blocks(pixels, config.BM) * blocks(rank, config.BR), 1, 1),
+        (dy, kept.mask if kept.mask.numel() else None, layer.u, layer.scale, s,
+         None if is_int8 else kept.z, kept.z if is_int8 else None, kept.z_scale if is_int8 else None,
+         out.d, weighted, out.partial),
+        (pixels, height * width, width, rank, channels, *strides),
+        (has_words(out.y_strides, channels), precision, uniform, config.BM, config.BN, config.BR), config.options(),
     )  # fmt: skip

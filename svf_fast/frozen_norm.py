@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from svf_fast.contract import check
 from svf_fast.swap import Swapped, restore, swap
 
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_PLAIN = {Tensor, nn.Parameter}
 
 
 class Snapshot(NamedTuple):
@@ -27,10 +28,11 @@ class Snapshot(NamedTuple):
     @classmethod
     def of(cls, sources: Sequence[Tensor], vectors: Sequence[Tensor], *more: Any) -> Snapshot | None:
         """None where nothing is to be kept: inference tensors count no versions, vmap's have no storage."""
-        if any(t.is_inference() for t in sources):
+        # lists, not generators: this runs for every layer of every step
+        if True in [t.is_inference() for t in sources]:
             return None
         try:
-            state = (*more, *((t._version, t.data_ptr(), t.dtype, t.device) for t in sources))
+            state = (*more, *[(t._version, t.data_ptr(), t.dtype, t.device) for t in sources])
         except RuntimeError:
             return None
         return cls(tuple(sources), state, tuple(vectors))
@@ -45,11 +47,9 @@ class Snapshot(NamedTuple):
         On an accelerator comparing values would synchronise: there writes through `.data` are noticed at the next `train()`
         or `eval()`.
         """
-        if len(self.sources) != len(now.sources) or any(
-            a is not b for a, b in zip(self.sources, now.sources, strict=True)
-        ):
+        if [*map(id, self.sources)] != [*map(id, now.sources)] or self.state != now.state:
             return False
-        if self.state != now.state or any(type(t) not in (Tensor, nn.Parameter) for t in now.vectors):
+        if not _PLAIN.issuperset(map(type, now.vectors)):
             return False
         if now.vectors[0].device.type != "cpu":
             return True
@@ -138,7 +138,7 @@ def freeze_norm(module: nn.Module) -> None:
     if module.running_mean is None:
         raise ValueError("BatchNorm without running statistics cannot be frozen")
     mode = module.training
-    swap(module, FrozenAffine if type(module) in _PLAIN else FrozenNorm)
+    swap(module, FrozenAffine if type(module) in _NORMS else FrozenNorm)
     module.train(mode)
 
 

@@ -109,11 +109,11 @@ def fused_conv2d(
         bias = bias if scale is None else bias * scale
         shift = bias if shift is None else shift + bias
     needs_graph = records and any(t is not None and t.requires_grad for t in (x, s, residual))
-    return ops.conv2d(
-        x, v, s, u, scale, shift, residual, activation == "relu", *geometry,
+    return ops.call_conv2d(
+        x, v, s, u, scale, shift, residual, activation == "relu", geometry,
         _KEEP_Z[save] if needs_graph and s.requires_grad else "none",
-        needs_graph and activation == "relu",
-    )[0]  # fmt: skip
+        needs_graph and activation == "relu", needs_graph,
+    )  # fmt: skip
 
 
 def svf_linear(

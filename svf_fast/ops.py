@@ -3,10 +3,11 @@ int8 z, or x by reference) and one bit an output element where a ReLU follows; n
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from svf_fast import backends
 from svf_fast.bits import packed_bytes
@@ -39,8 +40,12 @@ def _conv2d(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, z as `keep_z` says ("none", "exact", "int8", "input": z is rebuilt from x), z's scale, the mask."""
     layer = Layer(v, s, u, scale, shift, _geometry(stride, padding, dilation, groups), relu)
-    y, kept = backends.select(x.device).forward(x, layer, residual, keep_z, keep_mask, memory_format_of(x))
+    y, kept = _forward(x, layer, residual, keep_z, keep_mask)
     return y, *kept
+
+
+def _forward(x: Tensor, layer: Layer, residual: Tensor | None, keep_z: str, keep_mask: bool) -> tuple[Tensor, Kept]:
+    return backends.select(x.device).forward(x, layer, residual, keep_z, keep_mask, memory_format_of(x))
 
 
 _library.impl("conv2d", _conv2d, "CompositeExplicitAutograd")
@@ -79,10 +84,14 @@ def _conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, ds in s's dtype, and d = dy ⊙ mask (the residual's gradient); empty where not needed or equal to dy."""
     layer = Layer(v, s, u, scale, None, _geometry(stride, padding, dilation, groups))
-    dx, ds, d = backends.select(dy.device).backward(
-        dy, layer, Kept(z, z_scale, mask), x, list(size), _format(channels_last), Needs(need_dx, need_ds, need_d)
-    )
-    return dx, ds.to(s.dtype), d
+    return _backward(dy, layer, Kept(z, z_scale, mask), x, list(size), channels_last, Needs(need_dx, need_ds, need_d))
+
+
+def _backward(
+    dy: Tensor, layer: Layer, kept: Kept, x: Tensor | None, size: Sequence[int], channels_last: bool, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, ds, d = backends.select(dy.device).backward(dy, layer, kept, x, size, _format(channels_last), needs)
+    return dx, ds.to(layer.s.dtype), d
 
 
 _library.impl("conv2d_backward", _conv2d_backward, "CompositeExplicitAutograd")
@@ -104,44 +113,95 @@ def _(
     return dx, ds, d
 
 
+class _Call(NamedTuple):
+    """What a call is beside its tensors; `is_direct`: without torch's dispatcher."""
+
+    relu: bool
+    geometry: Geometry
+    keep_z: str
+    keep_mask: bool
+    is_direct: bool
+
+
 class _Conv2d(torch.autograd.Function):
-    """The autograd kernel of `svf_fast::conv2d`."""
+    """The autograd kernel of `svf_fast::conv2d`, and of direct calls."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, z, z_scale, mask = conv2d(*arguments)
-        x, v, s, u, scale, _, _, _, *geometry, keep_z, _ = arguments
+    def forward(ctx: Any, x: Tensor, v: Tensor, s: Tensor, u: Tensor, scale: Tensor | None, *rest: Any) -> Any:
+        shift, residual, call = rest
+        kept: Sequence[Tensor]
+        if call.is_direct:
+            layer = Layer(v, s, u, scale, shift, call.geometry, call.relu)
+            y, kept = _forward(x, layer, residual, call.keep_z, call.keep_mask)
+        else:
+            arguments = (*rest[:2], call.relu, *call.geometry, call.keep_z, call.keep_mask)
+            with _C._AutoDispatchBelowAutograd():
+                y, *kept = conv2d(x, v, s, u, scale, *arguments)
+            ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(z, z_scale, mask)
-        ctx.save_for_backward(x if keep_z == "input" else None, z, z_scale, mask, v, s, u, scale)
-        ctx.geometry = geometry
+        ctx.save_for_backward(x if call.keep_z == "input" else None, *kept, v, s, u, scale)
+        ctx.call = call
         ctx.size = x.shape[2:]
         ctx.channels_last = memory_format_of(x) is torch.channels_last
-        return y, z, z_scale, mask
+        return y if call.is_direct else (y, *kept)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * 14
         if dy is None:
-            return tuple(gradients)
+            return (None,) * 8
         x, z, z_scale, mask, v, s, u, scale = ctx.saved_tensors
-        need_dx, need_ds, need_residual = (ctx.needs_input_grad[i] for i in (0, 2, 6))
-        dx, ds, d = conv2d_backward(
-            dy, x, z, z_scale, mask, v, s, u, scale, *ctx.geometry, ctx.size, ctx.channels_last,
-            need_dx, need_ds, need_residual,
-        )  # fmt: skip
-        if need_dx:
-            gradients[0] = dx
-        if need_ds:
-            gradients[2] = ds
-        if need_residual:
-            gradients[6] = d if mask.numel() else dy
-        return tuple(gradients)
+        need_dx, _, need_ds, _, _, _, need_residual, _ = ctx.needs_input_grad
+        geometry: Geometry = ctx.call.geometry
+        if ctx.call.is_direct and not torch.is_grad_enabled() and not _is_watched(dy):
+            layer, needs = Layer(v, s, u, scale, None, geometry), Needs(need_dx, need_ds, need_residual)
+            dx, ds, d = _backward(dy, layer, Kept(z, z_scale, mask), x, ctx.size, ctx.channels_last, needs)
+        else:
+            dx, ds, d = conv2d_backward(
+                dy, x, z, z_scale, mask, v, s, u, scale, *geometry, ctx.size, ctx.channels_last,
+                need_dx, need_ds, need_residual,
+            )  # fmt: skip
+        residual_gradient = (d if mask.numel() else dy) if need_residual else None
+        return dx if need_dx else None, None, ds if need_ds else None, None, None, None, residual_gradient, None
 
 
-_library.impl("conv2d", _Conv2d.apply, "Autograd")
+def _autograd(*arguments: Any) -> Any:
+    relu, stride, padding, dilation, groups, keep_z, keep_mask = arguments[7:]
+    call = _Call(relu, Geometry(stride, padding, dilation, groups), keep_z, keep_mask, False)
+    return _Conv2d.apply(*arguments[:7], call)
+
+
+_library.impl("conv2d", _autograd, "Autograd")
 conv2d = torch.ops.svf_fast.conv2d.default
+
+
+def call_conv2d(
+    x: Tensor, v: Tensor, s: Tensor, u: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    relu: bool, geometry: Geometry, keep_z: str, keep_mask: bool, needs_graph: bool,
+) -> Tensor:  # fmt: skip
+    """y of `svf_fast::conv2d`; without torch's dispatcher, which takes up to 65 µs a call, where nothing watches it."""
+    if torch.compiler.is_compiling() or _is_watched(x, s, residual):
+        return conv2d(x, v, s, u, scale, shift, residual, relu, *geometry, keep_z, keep_mask)[0]
+    if not needs_graph:
+        return _forward(x, Layer(v, s, u, scale, shift, geometry, relu), residual, keep_z, keep_mask)[0]
+    return _Conv2d.apply(x, v, s, u, scale, shift, residual, _Call(relu, geometry, keep_z, keep_mask, True))
+
+
+def _is_watched(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call has to be seen by a tracer, a mode, a function transform or a tensor subclass."""
+    if type(x) not in _PLAIN or x.is_meta:
+        return True
+    for t in others:
+        if t is not None and type(t) not in _PLAIN:
+            return True
+    return bool(
+        _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._are_functorch_transforms_active()
+        or _C._get_tracing_state() is not None
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 _NO_DOUBLE_BACKWARD = (
@@ -155,7 +215,7 @@ class _Conv2dBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _C._AutoDispatchBelowAutograd():
             return conv2d_backward(*arguments)
 
     @staticmethod

@@ -36,7 +36,8 @@ class Stream {
 #else
   explicit Stream(const Tensor& t) : guard_(t.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch is built without CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    const AOTITorchError status = aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_);
+    STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "the current CUDA stream could not be read");
   }
 #endif
 

@@ -89,8 +89,8 @@ class WaysBackend:
         about = (
             layer.scale is None,
             tuple(size),
-            str(kept.z.dtype),
-            len(kept.z_scale) == 1,
+            kept.z.dtype,
+            kept.z_scale.shape[0] == 1,
             kept.mask.numel() > 0,
             needs,
         )
@@ -152,7 +152,7 @@ class WaysBackend:
             if way.path == "merged":
                 y = convolve(x, _merged_weight(layer, x.dtype), None, layer.geometry, memory_format)
                 return self._finished(y, None, layer._replace(scale=None), residual, keep_z, keep_mask)
-            y = empty((len(x), layer.u.shape[0], *size), x, memory_format)
+            y = empty((x.shape[0], layer.u.shape[0], *size), x, memory_format)
             out = self._outputs(y, layer.v.shape[0], keep_z, keep_mask, memory_format)
             assert way.config is not None
             operands = _dense_operands(layer, x.dtype)
@@ -174,7 +174,7 @@ class WaysBackend:
         """y and what is kept from z [N, R, Ho, Wo], by the second half of a way."""
         if way.path == "project":
             assert way.config is not None
-            y = empty((len(z), layer.u.shape[0], *z.shape[2:]), z, memory_format)
+            y = empty((z.shape[0], layer.u.shape[0], *z.shape[2:]), z, memory_format)
             out = self._outputs(y, z.shape[1], "int8" if keep_z == "int8" else "none", keep_mask, memory_format)
             operands = _dense_operands(layer, z.dtype)
             left = _scaled(operands.u, operands.s)
@@ -214,14 +214,15 @@ class WaysBackend:
         self, y: Tensor, rank: int, keep_z: str, keep_mask: bool, memory_format: torch.memory_format
     ) -> Outputs:
         """Fresh tensors for what a product's kernel writes beside y."""
-        shape = (len(y), rank, *y.shape[2:])
+        batch, _, height, width = y.shape
+        shape = (batch, rank, height, width)
         z = q = q_scale = None
         mask = _empty_mask(y) if keep_mask and self._kernels.masks_product(y) else None
         if keep_z == "exact":
             z = empty(shape, y, memory_format)
         elif keep_z == "int8":
             q = torch.empty(shape, dtype=torch.int8, device=y.device, memory_format=memory_format)
-            groups = blocks(len(y) * y.shape[2] * y.shape[3], GROUP_PIXELS)
+            groups = blocks(batch * height * width, GROUP_PIXELS)
             q_scale = torch.empty(groups, rank, dtype=torch.float32, device=y.device)
         return Outputs(y, mask, z, q, q_scale)
 
@@ -260,7 +261,7 @@ class WaysBackend:
             partial_sums = torch.empty(programs, rank, dtype=torch.float32, device=dy.device)
         out = Gradients(d, partial_sums, dense_strides(dy.shape, memory_format))
         products = convolution_precision(dy.dtype)
-        if len(kept.z_scale) == 1:
+        if kept.z_scale.shape[0] == 1:
             # kept by a backend that has one group of all pixels
             groups = blocks(batch * height * width, GROUP_PIXELS)
             kept = kept._replace(z_scale=kept.z_scale.expand(groups, rank).contiguous())
@@ -320,14 +321,14 @@ def _kept_of(
 
 
 def _cosine_key(what: str, query: Tensor, support: Tensor, *about: Hashable) -> Key:
-    shapes = (tuple(query.shape), query.stride(), tuple(support.shape), support.stride())
-    return Key(what, product_precision(query.dtype), (str(query.dtype), *shapes, *about))
+    shapes = (query.shape, query.stride(), support.shape, support.stride())
+    return Key(what, product_precision(query.dtype), (query.dtype, *shapes, *about))
 
 
 def _key(what: str, t: Tensor, layer: Layer, memory_format: torch.memory_format, *about: Hashable) -> Key:
-    shapes = (tuple(t.shape), t.stride(), tuple(layer.v.shape), tuple(layer.u.shape))
-    types = (str(t.dtype), str(layer.u.dtype), memory_format is torch.channels_last)
-    return Key(what, convolution_precision(t.dtype), (*types, *shapes, tuple(layer.geometry), *about))
+    shapes = (t.shape, t.stride(), layer.v.shape, layer.u.shape)
+    types = (t.dtype, layer.u.dtype, memory_format is torch.channels_last)
+    return Key(what, convolution_precision(t.dtype), (*types, *shapes, layer.geometry, *about))
 
 
 def _dense_operands(layer: Layer, dtype: torch.dtype) -> Layer:
