@@ -15,6 +15,13 @@ from svf_fast.train.backbones.base import STAGES
 
 # never part of a backbone: the ImageNet heads of ResNet and VGG files
 CLASSIFIER_PREFIXES = ("fc.", "classifier.")
+# nor these parts of few-shot checkpoints, in which a backbone stands under its own keys (PFENet, BAM, its base learner, the
+# SVF paper's baseline)
+FEW_SHOT_PREFIXES = (
+    "down_query.", "down_supp.", "init_merge.", "alpha_conv.", "beta_conv.", "inner_cls.", "res1.", "res2.", "cls.",
+    "ASPP_meta.", "res1_meta.", "res2_meta.", "cls_meta.", "learner_base.", "gram_merge.", "cls_merge.", "kshot_rw.",
+    "ppm.", "encoder.",
+)  # fmt: skip
 DATA_PARALLEL_PREFIX = "module."
 
 PLAIN_STEM = {"conv1": "layer0.0", "bn1": "layer0.1"}
@@ -31,18 +38,24 @@ VGG_STAGE_STARTS = (0, 7, 14, 24, 34, 43)
 
 
 def load_backbone_weights(backbone: nn.Module, path: str | Path) -> None:
-    """Fill ``backbone`` from a file: torchvision's ResNet or VGG-16-bn, the deep-stem ResNet of PFENet and BAM, or
-    this project's own layout; ``.safetensors`` or PyTorch's format.
+    """Fill ``backbone`` from a file: torchvision's ResNet or VGG-16-bn, the deep-stem ResNet of PFENet and BAM, a
+    whole few-shot checkpoint of theirs, or this project's own layout; ``.safetensors`` or PyTorch's format.
 
     Raises FileNotFoundError, or ValueError when the file cannot be read, or when keys or shapes are not exactly those
     of the backbone; the backbone is then unchanged.
     """
     path = Path(path)
-    load_backbone_state(backbone, read_state(path), source=str(path))
+    state = plain_keys(read_state(path))
+    if _has_own_layout(state):
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(FEW_SHOT_PREFIXES)}
+    load_backbone_state(backbone, state, source=str(path))
 
 
-def load_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """As :func:`load_backbone_weights`, for a state dict that ``source`` names in errors."""
+def load_backbone_state(
+    backbone: nn.Module, state: Mapping[str, Tensor], *, source: str, owner: str = "backbone"
+) -> None:
+    """As :func:`load_backbone_weights`, for a state dict that ``source`` names in errors, and for any module with a
+    backbone's stages, which ``owner`` names."""
     mapped = backbone_keys(state)
     own = backbone.state_dict()
     absent_stages = tuple(f"{stage}." for stage in STAGES if not hasattr(backbone, stage))
@@ -60,7 +73,7 @@ def load_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], *, sou
         if keys
     ]
     if problems:
-        raise ValueError(f"weights in {source} do not fit the backbone; {'; '.join(problems)}")
+        raise ValueError(f"weights in {source} do not fit the {owner}; {'; '.join(problems)}")
     with torch.no_grad():
         for key, tensor in own.items():
             if key in mapped:
@@ -70,9 +83,14 @@ def load_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], *, sou
 def backbone_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``state`` under this project's keys (``layer0.0.weight`` …), classifiers left out. Unknown keys stay as they
     are."""
-    state = {key.removeprefix(DATA_PARALLEL_PREFIX): tensor for key, tensor in state.items()}
+    state = plain_keys(state)
     rename = _renaming(state)
     return {rename(key): tensor for key, tensor in state.items() if not key.startswith(CLASSIFIER_PREFIXES)}
+
+
+def plain_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` without the prefix of keys that were written under DataParallel or DDP."""
+    return {key.removeprefix(DATA_PARALLEL_PREFIX): tensor for key, tensor in state.items()}
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -100,7 +118,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def _renaming(state: Mapping[str, Tensor]) -> Callable[[str], str]:
     """The key map of the layout that ``state`` is in, told by the keys that only this layout has."""
-    if any(key.startswith("layer0.") for key in state):
+    if _has_own_layout(state):
         return lambda key: key
     if any(key.startswith("features.") for key in state):
         return _vgg_key
@@ -111,6 +129,10 @@ def _renaming(state: Mapping[str, Tensor]) -> Callable[[str], str]:
         return f"{stem[module]}.{entry}" if module in stem else key
 
     return resnet_key
+
+
+def _has_own_layout(state: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith("layer0.") for key in state)
 
 
 def _vgg_key(key: str) -> str:

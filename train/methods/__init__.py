@@ -4,15 +4,31 @@ import inspect
 from typing import Any
 
 from svf_fast.train.backbones import Backbone
+from svf_fast.train.methods.bam import BAM
 from svf_fast.train.methods.baseline import Baseline
+from svf_fast.train.methods.losses import Losses, TrainingBatch
 from svf_fast.train.methods.meta_learner import MetaLearner
+from svf_fast.train.methods.pfenet import PFENet
+from svf_fast.train.methods.pspnet import PSPNet
+from svf_fast.train.methods.published import load_published
 
-__all__ = ["METHODS", "Baseline", "MetaLearner", "build_method"]
+__all__ = [
+    "BAM",
+    "METHODS",
+    "Baseline",
+    "Losses",
+    "MetaLearner",
+    "PFENet",
+    "PSPNet",
+    "TrainingBatch",
+    "build_method",
+    "load_published",
+]
 
-METHODS = {"baseline": Baseline}
+METHODS: dict[str, type[MetaLearner]] = {"baseline": Baseline, "pfenet": PFENet, "bam": BAM}
 
 
-def build_method(name: str, backbone: Backbone, **options: Any) -> Baseline:
+def build_method(name: str, backbone: Backbone, **options: Any) -> MetaLearner:
     """The method of that name on ``backbone``; ``options`` are its constructor's keywords. ValueError on an unknown
     one."""
     if name not in METHODS:

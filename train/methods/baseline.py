@@ -4,11 +4,13 @@ One loss, on the final map. State-dict keys are those of the authors' code."""
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from svf_fast.train.backbones import Backbone
-from svf_fast.train.methods.layers import ASPP, ConcatConvReLU, resize, segmentation_loss
-from svf_fast.train.methods.meta_learner import MetaLearner, PriorLayer, Recompute, require_choice
+from svf_fast.train.methods.aspp_learner import ASPPLearner
+from svf_fast.train.methods.layers import resize
+from svf_fast.train.methods.losses import Losses, TrainingBatch, segmentation_loss
+from svf_fast.train.methods.meta_learner import BNMode, PriorLayer, PriorMasking, Recompute, require_choice
 from svf_fast.train.methods.prior import CosineForm
 from svf_fast.train.seeding import seeded_initialisation
 
@@ -25,7 +27,7 @@ class Segmentation(NamedTuple):
     prior: Tensor
 
 
-class Baseline(MetaLearner):
+class Baseline(ASPPLearner):
     """The SVF paper's baseline on any backbone; the stages become part of the model as they are (not copied).
 
     ``shot_reduction="sum"`` repeats the released code, which adds the shots' prototypes and priors where PFENet
@@ -44,40 +46,33 @@ class Baseline(MetaLearner):
         shot_reduction: ShotReduction = "mean",
         recompute: Recompute = "none",
         cosine: CosineForm = "streaming",
+        bn_mode: BNMode = "eval",
+        prior_masking: PriorMasking = "twice",
         seed: int = 0,
     ) -> None:
         require_choice("shot_reduction", shot_reduction, get_args(ShotReduction))
+        super().__init__(
+            backbone,
+            prior_layer=prior_layer,
+            recompute=recompute,
+            cosine=cosine,
+            bn_mode=bn_mode,
+            prior_masking=prior_masking,
+        )
         with seeded_initialisation(seed):
-            super().__init__(
-                backbone, head_width=head_width, prior_layer=prior_layer, recompute=recompute, cosine=cosine
-            )
-            self.init_merge = ConcatConvReLU(2 * head_width + 1, head_width)
-            self.ASPP_meta = ASPP(head_width, aspp_dilations)
-            self.res1_meta = ConcatConvReLU((2 + len(aspp_dilations)) * head_width, head_width)
-            self.res2_meta = nn.Sequential(
-                nn.Conv2d(head_width, head_width, 3, padding=1, bias=False),
-                nn.ReLU(inplace=True),
-                nn.Conv2d(head_width, head_width, 3, padding=1, bias=False),
-                nn.ReLU(inplace=True),
-            )
-            self.cls_meta = nn.Sequential(
-                nn.Conv2d(head_width, head_width, 3, padding=1, bias=False),
-                nn.ReLU(inplace=True),
-                nn.Dropout2d(0.1),
-                nn.Conv2d(head_width, 2, 1),
-            )
+            self.build_head(head_width, aspp_dilations)
         self.shot_reduction = shot_reduction
         self.train(self.training)
 
     def forward(self, query_image: Tensor, support_images: Tensor, support_labels: Tensor) -> Tensor:
-        """query_image [B, 3, S, S], support_images [B, K, 3, S, S], support_labels [B, K, S, S] int64 (1 the episode's
-        class) -> logits [B, 2, S, S]: background, the episode's class."""
         low = self.segment(query_image, support_images, support_labels)
         return resize(low.logits, query_image.shape[-2:])
 
-    def loss(self, logits: Tensor, query_label: Tensor) -> Tensor:
-        """Cross-entropy of logits [B, 2, S, S] against query_label [B, S, S] int64 (255 void)."""
-        return segmentation_loss(logits, query_label)
+    def losses(self, batch: TrainingBatch) -> Losses:
+        """main alone."""
+        logits = self(batch.query_images, batch.support_images, batch.support_labels)
+        main = segmentation_loss(logits, batch.query_labels)
+        return Losses(main, {"main": main})
 
     def segment(self, query_image: Tensor, support_images: Tensor, support_labels: Tensor) -> Segmentation:
         """As ``forward``, before the last resize and with what the decision rests on."""
@@ -86,11 +81,7 @@ class Baseline(MetaLearner):
         shots = self.support_shots(support_images, support_labels, features)
         prototype = self._over_shots(shots.prototypes)
         prior = self._over_shots(shots.priors)
-
-        merged = self.init_merge(query, prototype, prior)  # the prototype expanded over the map
-        context = self.res1_meta(*self.ASPP_meta(merged))
-        refined = context + self.res2_meta(context)
-        return Segmentation(self.cls_meta(refined), query, prototype, prior)
+        return Segmentation(self.decide(query, prototype, prior), query, prototype, prior)
 
     def _over_shots(self, per_shot: Tensor) -> Tensor:
         """[K, B, ...] -> [B, ...]."""

@@ -1,13 +1,12 @@
 """Small pieces that few-shot heads share: resizing, masked average pooling, convolutions over concatenations that are
 never built, and the ASPP. Knows no backbone and no episode."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-IGNORED_LABEL = 255
 
 
 def resize(features: Tensor, size: Sequence[int]) -> Tensor:
@@ -24,32 +23,41 @@ def masked_average(features: Tensor, mask: Tensor) -> Tensor:
     return (features * mask).sum(dim=(2, 3), keepdim=True) / area
 
 
-def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean cross-entropy over the pixels of the whole batch that are not void: logits [B, C, S, S], label [B, S, S]
-    int64."""
-    return F.cross_entropy(logits, label, ignore_index=IGNORED_LABEL)
+def convolve_parts(convolution: nn.Module, parts: Sequence[Tensor], *, size: Sequence[int] | None = None) -> Tensor:
+    """``convolution`` (a Conv2d without bias) of the channel concatenation of ``parts``, from slices of its weight;
+    with a ``size`` (h, w), each part's output is resized to it."""
+    assert isinstance(convolution, nn.Conv2d)
+    slices = convolution.weight.split([part.shape[1] for part in parts], dim=1)
+    terms = (
+        F.conv2d(part, weight, None, convolution.stride, convolution.padding, convolution.dilation)
+        for part, weight in zip(parts, slices, strict=True)
+    )
+    return reduce(torch.add, terms if size is None else (resize(term, size) for term in terms))
 
 
 class ConcatConvReLU(nn.Sequential):
     """1x1 convolution without bias of a channel concatenation, then ReLU: ``conv(cat[a, b]) = conv_a(a) + conv_b(b)``.
 
     Summing slices of one weight keeps ``a`` and ``b`` for backward by reference, where a concatenation would keep a
-    copy of both. A part of size 1x1 stands for itself expanded over the map. State-dict key: ``0.weight``, as of a
-    plain Sequential.
+    copy of both. A part of size 1x1 stands for itself expanded over the map, and a part of another size than the
+    output's for itself resized: a 1x1 convolution without bias and a resize may change places. State-dict key:
+    ``0.weight``, as of a plain Sequential.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.ReLU(inplace=True))
 
-    def forward(self, *parts: Tensor) -> Tensor:
-        """parts [B, C_i, h, w] or [B, C_i, 1, 1] -> [B, out_channels, h, w]."""
+    def forward(
+        self,
+        *parts: Tensor,
+        size: Sequence[int] | None = None,
+        before_relu: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """parts [B, C_i, h, w] or [B, C_i, 1, 1] -> [B, out_channels, h, w]; with a ``size`` (h, w), parts of any
+        size. ``before_relu`` may change its argument in place."""
         convolution, relu = self
-        slices = convolution.get_parameter("weight").split([part.shape[1] for part in parts], dim=1)
-        terms = [F.conv2d(part, weight) for part, weight in zip(parts, slices, strict=True)]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return relu(total)
+        total = convolve_parts(convolution, parts, size=size)
+        return relu(total if before_relu is None else before_relu(total))
 
 
 class ASPP(nn.Module):
@@ -85,3 +93,24 @@ def _biased_conv_relu(channels: int, *, kernel: int, dilation: int = 1) -> nn.Se
 def support_mask(label: Tensor, dtype: torch.dtype) -> Tensor:
     """Labels [..., S, S] -> [..., 1, S, S] with 1 on the episode's class; void counts as background in a support."""
     return (label == 1).unsqueeze(-3).to(dtype)
+
+
+def residual_pair(channels: int) -> nn.Sequential:
+    """3x3, ReLU, 3x3, ReLU, without bias: what is added to its own input. Keys ``0.weight``, ``2.weight``."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.ReLU(inplace=True),
+    )
+
+
+def classifier(channels: int) -> nn.Sequential:
+    """3x3, ReLU, Dropout2d, 1x1 with bias -> 2 logits. Keys ``0.weight``, ``3.weight``, ``3.bias``."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        # before the ReLU it is the same function, its factors not being negative, and one map less is kept
+        nn.Dropout2d(0.1, inplace=True),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels, 2, 1),
+    )

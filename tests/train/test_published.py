@@ -1,0 +1,72 @@
+"""Whole few-shot checkpoints: every layout fills a method, or its backbone alone; what does not fit is named."""
+
+import re
+
+import pytest
+import torch
+from method_cases import OPTIONS, narrow, narrow_backbone
+from torch import Tensor
+
+from svf_fast.train.backbones import load_backbone_weights
+from svf_fast.train.methods import load_published
+from svf_fast.train.methods.pspnet import PSPNet
+
+
+def disturbed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        key: t + torch.rand(t.shape, generator=generator) if t.is_floating_point() else t for key, t in state.items()
+    }
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in actual.items())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backbone", ["resnet", "vgg"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_fills_the_method(name, backbone, prefix, tmp_path):
+    method = narrow(name, backbone)
+    state = disturbed(method.state_dict())
+    torch.save({"epoch": 3, "state_dict": {prefix + key: t for key, t in state.items()}}, tmp_path / "method.pth")
+    load_published(method, tmp_path / "method.pth")
+    assert_same(method.state_dict(), state)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "base learner"])
+def test_a_checkpoint_fills_a_backbone_alone(name, tmp_path):
+    source = PSPNet(narrow_backbone(), classes=3) if name == "base learner" else narrow(name)
+    state = disturbed(source.state_dict())
+    aliases = {f"encoder.{key.removeprefix('layer')}": t for key, t in state.items() if key.startswith("layer")}
+    state |= aliases if name == "base learner" else {}
+    torch.save({f"module.{key}": tensor for key, tensor in state.items()}, tmp_path / "method.pth")
+    backbone = narrow_backbone()
+    load_backbone_weights(backbone, tmp_path / "method.pth")
+    assert_same(backbone.state_dict(), state)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: s.pop("res1.0.weight"), "missing: res1.0.weight"),
+        (lambda s: s.pop("layer2.0.bn1.bias"), "missing: layer2.0.bn1.bias"),
+        (lambda s: s.update({"gram_merge.weight": torch.ones(1, 2, 1, 1)}), "superfluous: gram_merge.weight"),
+        (lambda s: s.update({"cls.3.bias": torch.ones(3)}), "of another shape: cls.3.bias [3], expected [2]"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_changes_nothing(change, sentence):
+    method = narrow("pfenet")
+    before = {key: tensor.clone() for key, tensor in method.state_dict().items()}
+    state = disturbed(method.state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=f"^weights in the state dict do not fit the PFENet; {re.escape(sentence)}"):
+        load_published(method, state)
+    assert_same(method.state_dict(), before)
+
+
+def test_an_unknown_part_of_a_checkpoint_is_not_passed_by(tmp_path):
+    state = {**narrow("pfenet").state_dict(), "transformer.weight": torch.ones(2)}
+    torch.save(state, tmp_path / "method.pth")
+    with pytest.raises(ValueError, match=r"superfluous: transformer\.weight$"):
+        load_backbone_weights(narrow_backbone(), tmp_path / "method.pth")
