@@ -88,6 +88,9 @@ COMMANDS: dict[str, list[str]] = {
     "a mistyped key": ["train", "voc_folder", "optimiser.base_rl=0.1"],
     "a value of the wrong type": ["train", "voc_folder", "data.size=large"],
     "a data folder that does not exist": ["train", "voc_folder", "data.root=/nowhere", "backbone.weights=/nowhere"],
+    "bam without a base learner": ["train", "pascal_bam_resnet50", "data.root=/nowhere", "run.dir=/nowhere/run"],
+    "an option of another method": ["train", "pascal_bam_resnet50", "method.bins=60,30"],
+    "the other stage's configuration": ["train", "pascal_base_resnet50"],
     "a checkpoint that does not exist": ["eval", "runs/nowhere/best.pt"],
 }
 

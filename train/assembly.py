@@ -2,15 +2,21 @@
 The one place that knows both the configuration's keys and the constructors behind them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from svf_fast.train.backbones import build_backbone, load_backbone_weights
-from svf_fast.train.config import Config, ConfigError
+from svf_fast.train.backbones import Backbone, build_backbone, load_backbone_weights
+from svf_fast.train.base_learner import base_learner_state
+from svf_fast.train.config import BaseConfig, Config, ConfigError, PicturesConfig, StageConfig
+from svf_fast.train.data.base_labels import BasePictures
 from svf_fast.train.data.episodes import EpisodeSampler
+from svf_fast.train.data.generalised import GeneralisedSampler
 from svf_fast.train.data.transforms import Augmentation
-from svf_fast.train.data.voc import VOCFolder, pascal_fold
-from svf_fast.train.methods import MetaLearner, build_method
+from svf_fast.train.data.voc import Split, VOCFolder, pascal_fold
+from svf_fast.train.method_config import METHOD_OPTIONS
+from svf_fast.train.methods import BAM, MetaLearner, PSPNet, build_method
+from svf_fast.train.methods.pspnet import load_base_learner
 from svf_fast.train.tuning import ParameterGroup, Strategy, build_strategy
 
 
@@ -19,6 +25,7 @@ class Model:
     """A method whose trainable parameters are those of its tuning strategy, and their optimiser groups."""
 
     method: MetaLearner
+    strategy: Strategy
     groups: list[ParameterGroup]
 
 
@@ -26,28 +33,57 @@ def build_model(config: Config, *, pretrained: bool) -> Model:
     """The method on its backbone, on the CPU, tuned as the configuration says; random weights depend on ``run.seed``
     only.
 
-    ``pretrained=False`` does not read ``backbone.weights``: for a model whose state comes from a checkpoint.
+    ``pretrained=False`` reads neither ``backbone.weights`` nor ``method.base_learner``: for a model whose state comes
+    from a checkpoint.
     """
     backbone = build_backbone(config.backbone, seed=config.run.seed)
     if pretrained and config.backbone.weights is not None:
         load_backbone_weights(backbone, config.backbone.weights)
-    options = config.method
-    method = build_method(
-        options.name,
-        backbone,
-        head_width=options.head_width,
-        prior_layer=options.prior_layer,
-        shot_reduction=options.shot_reduction,
-        recompute=options.recompute,
-        seed=config.run.seed,
-    )
+    method = build_method(config.method.name, backbone, **_method_options(config))
+    if pretrained and config.method.base_learner is not None:
+        _load_base_learner(method, backbone, config)
     # the layout that fused kernels read; maps take it from the first weight on
     method = method.to(memory_format=torch.channels_last)
-    strategy = _strategy(config)
+    strategy = build_strategy(config.tuning.strategy, **config.tuning.options)
     strategy.apply(method)
-    svf = config.tuning.strategy == "svf"
-    scale = config.optimiser.svf_lr_scale if svf else config.optimiser.backbone_lr_scale
-    return Model(method, strategy.parameter_groups(method, backbone_lr_scale=scale))
+    groups = strategy.parameter_groups(
+        method,
+        backbone_lr_scale=config.optimiser.backbone_lr_scale,
+        svf_lr_scale=config.optimiser.svf_lr_scale,
+    )
+    return Model(method, strategy, groups)
+
+
+def _load_base_learner(method: MetaLearner, backbone: Backbone, config: Config) -> None:
+    """Fill the method's backbone, and BAM's base branch, from ``method.base_learner``."""
+    path, fold = str(config.method.base_learner), config.data.fold
+    state = base_learner_state(path, fold)
+    try:
+        if isinstance(method, BAM):
+            method.load_base_learner(state)
+        else:  # the stages are the method's own modules: a base learner around them fills them, and is gone again
+            load_base_learner(PSPNet(backbone, classes=len(pascal_fold(fold).base)), state)
+    except ValueError as error:
+        raise ConfigError(f"method.base_learner={path} is of no use here: {error}") from error
+
+
+def _method_options(config: Config) -> dict[str, Any]:
+    """Keywords of the method's constructor; what the configuration leaves at null stays the method's default."""
+    method = config.method
+    options: dict[str, Any] = {
+        "head_width": method.head_width,
+        "prior_layer": method.prior_layer,
+        "recompute": method.recompute,
+        "bn_mode": method.bn_mode,
+        "prior_masking": method.prior_masking,
+        "seed": config.run.seed,
+    }
+    for name in METHOD_OPTIONS:
+        if getattr(method, name) is not None:
+            options[name] = getattr(method, name)
+    if method.name == "bam":
+        options |= {"base_classes": len(pascal_fold(config.data.fold).base), "shots": config.data.shots}
+    return options
 
 
 def training_sampler(config: Config) -> EpisodeSampler:
@@ -55,23 +91,63 @@ def training_sampler(config: Config) -> EpisodeSampler:
     data = config.data
     fold = pascal_fold(data.fold)
     dropped = fold.novel if data.drop_novel_images else ()
-    split = _folder(config).split(
-        data.train_list.replace("{fold}", str(data.fold)), fold.base, drop_images_with=dropped
-    )
-    if len(split) < data.batch:
-        raise ConfigError(f"data.batch is {data.batch}, but {split.list_file} leaves {len(split)} training images")
+    split = _folder(data).split(_list_file(data.train_list, data), fold.base, drop_images_with=dropped)
+    _require_one_batch(split, data)
     augmentation = Augmentation(scale_range=data.scale_range)
-    return EpisodeSampler(split, data.shots, data.size, config.run.seed, augmentation)
+    base_classes = _base_classes(config)
+    return EpisodeSampler(split, data.shots, data.size, config.run.seed, augmentation, base_classes=base_classes)
 
 
 def validation_sampler(config: Config, *, seed: int) -> EpisodeSampler:
     """Episodes of the fold's novel classes under the test transform."""
     data = config.data
-    split = _folder(config).split(data.val_list.replace("{fold}", str(data.fold)), pascal_fold(data.fold).novel)
-    return EpisodeSampler(split, config.validation.shots or data.shots, data.size, seed)
+    split = _folder(data).split(_list_file(data.val_list, data), pascal_fold(data.fold).novel)
+    shots = config.validation.shots or data.shots
+    return EpisodeSampler(split, shots, data.size, seed, base_classes=_base_classes(config))
 
 
-def base_rates(config: Config, groups: list[ParameterGroup]) -> dict[str, float]:
+def generalised_sampler(config: Config, *, seed: int) -> GeneralisedSampler:
+    """Episodes of generalised few-shot segmentation over every picture of the validation list."""
+    data = config.data
+    fold = pascal_fold(data.fold)
+    split = _folder(data).whole(_list_file(data.val_list, data), fold.novel)
+    return GeneralisedSampler(split, fold.base, data.shots, data.size, seed)
+
+
+def build_base_learner(config: BaseConfig, *, pretrained: bool) -> tuple[PSPNet, list[ParameterGroup]]:
+    """The base learner with everything trainable, and its optimiser groups; ``pretrained`` as in :func:`build_model`."""
+    backbone = build_backbone(config.backbone, seed=config.run.seed)
+    if pretrained and config.backbone.weights is not None:
+        load_backbone_weights(backbone, config.backbone.weights)
+    stages = tuple(f"{stage}." for stage in backbone.channels)
+    learner = PSPNet(backbone, classes=len(pascal_fold(config.data.fold).base), seed=config.run.seed)
+    learner = learner.to(memory_format=torch.channels_last)
+    named = list(learner.named_parameters())
+    head = [parameter for name, parameter in named if not name.startswith(stages)]
+    encoder = [parameter for name, parameter in named if name.startswith(stages)]
+    scale = config.optimiser.backbone_lr_scale
+    return learner, [
+        ParameterGroup(name="head", params=head, lr_scale=1.0),
+        ParameterGroup(name="backbone", params=encoder, lr_scale=scale),
+    ]
+
+
+def base_training_pictures(config: BaseConfig) -> BasePictures:
+    """Every picture of the training list with augmentation. ConfigError when they do not fill one batch."""
+    data, fold = config.data, pascal_fold(config.data.fold)
+    split = _folder(data).whole(_list_file(data.train_list, data), fold.base)
+    _require_one_batch(split, data)
+    return BasePictures(split, fold.base, data.size, config.run.seed, Augmentation(scale_range=data.scale_range))
+
+
+def base_validation_pictures(config: BaseConfig) -> BasePictures:
+    """Every picture of the validation list under the test transform."""
+    data, fold = config.data, pascal_fold(config.data.fold)
+    split = _folder(data).whole(_list_file(data.val_list, data), fold.base)
+    return BasePictures(split, fold.base, data.size, config.run.seed)
+
+
+def base_rates(config: StageConfig, groups: list[ParameterGroup]) -> dict[str, float]:
     """The learning rate of each group, by name, before the schedule: ``base_lr · lr_scale`` times the group's scale.
 
     ``lr_scale`` stands apart because PFENet's and BAM's code writes one rate in its files and multiplies it by ten
@@ -93,13 +169,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _folder(config: Config) -> VOCFolder:
-    if config.data.root is None:
+def _folder(data: PicturesConfig) -> VOCFolder:
+    if data.root is None:
         raise ConfigError("data.root is not set: give the data's folder in the file or as data.root=...")
-    return VOCFolder(config.data.root)
+    return VOCFolder(data.root)
 
 
-def _strategy(config: Config) -> Strategy:
-    if config.tuning.strategy == "svf":
-        return build_strategy("svf", save=config.tuning.save)
-    return build_strategy(config.tuning.strategy)
+def _list_file(name: str, data: PicturesConfig) -> str:
+    return name.replace("{fold}", str(data.fold))
+
+
+def _require_one_batch(split: Split, data: PicturesConfig) -> None:
+    if len(split) < data.batch:
+        raise ConfigError(f"data.batch is {data.batch}, but {split.list_file} leaves {len(split)} training images")
+
+
+def _base_classes(config: Config) -> tuple[int, ...] | None:
+    """Of the fold, where the method asks for base labels."""
+    return pascal_fold(config.data.fold).base if config.method.name == "bam" else None

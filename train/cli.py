@@ -1,4 +1,4 @@
-"""The command line: ``svf-fast demo | train | eval | summary``. Turns arguments into calls and errors into one line;
+"""The command line: ``svf-fast demo | train-base | train | eval | summary``. Turns arguments into calls and errors into one line;
 decides nothing else. Exit status 0 on success, 2 when the user has to change something, 1 when a run fails or is
 stopped."""
 
@@ -8,8 +8,9 @@ import statistics
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch
 from rich.console import Console
@@ -17,11 +18,20 @@ from torch import nn
 
 import svf_fast
 from svf_fast.train.assembly import base_rates, build_model
-from svf_fast.train.config import load_config, shipped_configs
+from svf_fast.train.config import load_base_config, load_config, shipped_configs
 from svf_fast.train.engine import TrainingError
-from svf_fast.train.runs import Evaluation, evaluate, train
+from svf_fast.train.methods.bam import GeneralisedRule
+from svf_fast.train.runs import Evaluation, GeneralisedEvaluation, evaluate, evaluate_generalised, train
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+# What the table of an evaluation says below its classes, and the field of the scores it is taken from.
+ROWS = {"mIoU": "miou", "FB-IoU": "fb_iou"}
+BRANCH_ROWS = {
+    "meta branch mIoU": "branches.meta_miou",
+    "meta branch FB-IoU": "branches.meta_fb_iou",
+    "base branch mIoU": "branches.base_miou",
+}
+GENERALISED_ROWS = {"mIoU novel": "novel_miou", "mIoU base": "base_miou", "mIoU all": "miou", "FB-IoU": "fb_iou"}
 USERS_MISTAKES = (
     ValueError,
     FileNotFoundError,
@@ -89,15 +99,28 @@ def _parser() -> _Parser:
     training.add_argument("--resume", action="store_true", help="go on with the run in run.dir; begin it if it is new")
     training.set_defaults(run=_train, takes_overrides=True)
 
+    base = commands.add_parser(
+        "train-base",
+        help="BAM's first stage: a base learner for method.base_learner",
+        usage="svf-fast train-base CONFIG [key=value ...] [--resume]",
+    )
+    base.add_argument("config", metavar="CONFIG", help=shipped)
+    base.add_argument("--resume", action="store_true", help="as of train")
+    base.set_defaults(run=_train_base, takes_overrides=True)
+
     evaluation = commands.add_parser(
         "eval",
         help="mIoU and FB-IoU of a checkpoint on its fold's novel classes",
-        usage="svf-fast eval CHECKPOINT [--episodes N] [--seed S ...] [--shots K] [key=value ...]",
+        usage="svf-fast eval CHECKPOINT [--episodes N] [--seed S ...] [--shots K] "
+        "[--generalised [--rule R] [--tau T]] [key=value ...]",
     )
     evaluation.add_argument("checkpoint", metavar="CHECKPOINT", help="last.pt or best.pt of a run")
     evaluation.add_argument("--episodes", metavar="N", help="default: as in the run's validation")
     evaluation.add_argument("--seed", metavar="S", nargs="+", type=_seed, default=[], help="one evaluation each")
     evaluation.add_argument("--shots", metavar="K", help="default: as in the run's validation")
+    evaluation.add_argument("--generalised", action="store_true", help="bam: base and novel classes together")
+    evaluation.add_argument("--rule", choices=get_args(GeneralisedRule), help="which branch goes first; default: final")
+    evaluation.add_argument("--tau", metavar="T", type=float, help="probability from which it is novel; default: 0.9")
     evaluation.set_defaults(run=_eval, takes_overrides=True)
 
     summary = commands.add_parser(
@@ -128,20 +151,40 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0 if outcome.is_finished else 1
 
 
+def _train_base(options: argparse.Namespace, overrides: list[str]) -> int:
+    outcome = train(load_base_config(options.config, overrides), resume=options.resume, console=Console())
+    print(outcome.sentence)
+    return 0 if outcome.is_finished else 1
+
+
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     asked = {"episodes": options.episodes, "shots": options.shots}
     overrides += [f"validation.{key}={value}" for key, value in asked.items() if value is not None]
-    evaluation = evaluate(options.checkpoint, overrides, seeds=options.seed, console=Console(stderr=True))
+    console = Console(stderr=True)
+    evaluation: Evaluation | GeneralisedEvaluation
+    if options.generalised:
+        tau, rule = 0.9 if options.tau is None else options.tau, options.rule or "final"
+        evaluation = evaluate_generalised(
+            options.checkpoint, overrides, seeds=options.seed, tau=tau, rule=rule, console=console
+        )
+        rows = GENERALISED_ROWS
+    else:
+        for name in ("rule", "tau"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} is of a generalised evaluation: add --generalised")
+        evaluation = evaluate(options.checkpoint, overrides, seeds=options.seed, console=console)
+        rows = ROWS | (BRANCH_ROWS if evaluation.scores[0].branches else {})
     print(f"{options.checkpoint}: after step {evaluation.iteration}, {evaluation.scores[0].episodes} episodes, in %")
-    print(_table(evaluation))
+    print(_table(evaluation, rows))
     return 0
 
 
-def _table(evaluation: Evaluation) -> str:
-    """Per class and over all, one column a seed, in per cent."""
-    names, scores = evaluation.class_names, evaluation.scores
+def _table(evaluation: Evaluation | GeneralisedEvaluation, summary: dict[str, str]) -> str:
+    """Per class and over all, one column a seed, in per cent; ``summary`` maps rows to the scores' fields."""
+    scores = evaluation.scores
+    names = {class_id: evaluation.class_names[class_id] for class_id in scores[0].class_iou}
     rows = [(name, [score.class_iou[class_id] for score in scores]) for class_id, name in names.items()]
-    rows += [("mIoU", [score.miou for score in scores]), ("FB-IoU", [score.fb_iou for score in scores])]
+    rows += [(row, [attrgetter(field)(score) for score in scores]) for row, field in summary.items()]
     width = max(len(name) for name, _ in rows)
     lines = [" " * width + "".join(f"{f'seed {score.seed}':>12}" for score in scores)]
     for name, values in rows:
@@ -149,7 +192,8 @@ def _table(evaluation: Evaluation) -> str:
         if len(values) > 1:
             line += f"   mean {100 * statistics.mean(values):6.2f} ± {100 * statistics.stdev(values):.2f}"
         lines.append(line)
-    absent = [name for class_id, name in names.items() if any(score.class_episodes[class_id] == 0 for score in scores)]
+    asked_for = scores[0].class_episodes
+    absent = [names[class_id] for class_id in asked_for if any(score.class_episodes[class_id] == 0 for score in scores)]
     if absent:
         lines.append(f"without an episode under some seed, and counted as 0 there: {', '.join(absent)}")
     return "\n".join(lines)
@@ -161,7 +205,8 @@ def _summary(options: argparse.Namespace, overrides: list[str]) -> int:
     stages = nn.Sequential(OrderedDict((name, model.method.get_submodule(name)) for name in model.method.stages))
     print(svf_fast.summary(stages, (1, 3, config.data.size, config.data.size)))
     rates = base_rates(config, model.groups)
-    print(f"tuning strategy {config.tuning.strategy}; rates before the {config.schedule.name} schedule:")
+    print(f"tuning strategy {config.tuning.strategy} trains {model.strategy.trains}")
+    print(f"groups, with their rates before the {config.schedule.name} schedule:")
     for group in model.groups:
         count = sum(parameter.numel() for parameter in group["params"])
         print(f"  {group['name']}: {count:,} trainable parameters, rate {rates[group['name']]:.4g}")

@@ -5,48 +5,85 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar, overload
 
 import yaml
 
 from svf_fast.train.backbones import BackboneConfig
-from svf_fast.train.methods.baseline import ShotReduction
-from svf_fast.train.methods.meta_learner import PriorLayer, Recompute
+from svf_fast.train.method_config import BASE_LEARNER, BaseLearnerConfig, MethodConfig
 from svf_fast.train.schedule import Schedule
-from svf_fast.train.schema import ConfigError, PlainData, from_plain, nearest, override, to_plain
-from svf_fast.train.tuning import Save
+from svf_fast.train.schema import (
+    ConfigError,
+    PlainData,
+    from_plain,
+    nearest,
+    override,
+    require,
+    require_one_of,
+    require_rate,
+    to_plain,
+)
+from svf_fast.train.tuning import (
+    Kernel,
+    Parametrization,
+    Save,
+    StageName,
+    StrategyName,
+    Subspace,
+    build_strategy,
+    option_names,
+)
 
-__all__ = ["Config", "ConfigError", "config_from_plain", "load_config", "shipped_configs"]
+__all__ = [
+    "BASE_LEARNER",
+    "BaseConfig",
+    "Config",
+    "ConfigError",
+    "MethodConfig",
+    "config_from_plain",
+    "load_base_config",
+    "load_config",
+    "shipped_configs",
+]
+
+Stage = TypeVar("Stage", bound="StageConfig")
 
 SHIPPED_FOLDER = Path(__file__).resolve().parent / "configs"
 
-Strategy = Literal["freeze", "full", "svf"]
-
 
 @dataclass(frozen=True)
-class DataConfig:
-    """A folder in Pascal-VOC layout and how episodes are drawn from it; list files are relative to ``root``, ``{fold}``
+class PicturesConfig:
+    """A folder in Pascal-VOC layout and how pictures are drawn from it; list files are relative to ``root``, ``{fold}``
     in their names stands for the fold."""
 
     root: str | None = None
     fold: int = 0
     train_list: str = "lists/fold{fold}_train.txt"
     val_list: str = "lists/fold{fold}_val.txt"
-    drop_novel_images: bool = True  # the papers' † rows: no training image shows a novel class
     size: int = 473  # side of the square input, pixels
-    shots: int = 1
-    batch: int = 8  # episodes a step
+    batch: int = 8  # samples a step
     scale_range: tuple[float, float] = (0.9, 1.1)  # of the random rescaling in training
     workers: int = 2  # threads that load ahead; results do not depend on it
 
     def __post_init__(self) -> None:
-        _require(self, "fold", self.fold in range(4), "0 to 3")
-        _require(self, "size", self.size > 8 and (self.size - 1) % 8 == 0, "a multiple of 8 plus 1, such as 161 or 473")
-        _require(self, "shots", self.shots > 0, "1 or more")
-        _require(self, "batch", self.batch > 0, "1 or more")
+        require(self, "fold", self.fold in range(4), "0 to 3")
+        require(self, "size", self.size > 8 and (self.size - 1) % 8 == 0, "a multiple of 8 plus 1, such as 161 or 473")
+        require(self, "batch", self.batch > 0, "1 or more")
         low, high = self.scale_range
-        _require(self, "scale_range", 0 < low <= high < math.inf, "two numbers above 0, the smaller first")
-        _require(self, "workers", self.workers >= 0, "0 or more")
+        require(self, "scale_range", 0 < low <= high < math.inf, "two numbers above 0, the smaller first")
+        require(self, "workers", self.workers >= 0, "0 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig(PicturesConfig):
+    """Episodes of ``shots`` supports."""
+
+    shots: int = 1
+    drop_novel_images: bool = True  # the papers' † rows: no training image shows a novel class
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "shots", self.shots > 0, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -57,48 +94,64 @@ class BackboneSection(BackboneConfig):
 
 
 @dataclass(frozen=True)
-class MethodConfig:
-    """The few-shot method on top of the backbone; its options are the method's own."""
-
-    name: Literal["baseline"] = "baseline"
-    head_width: int = 256  # channels
-    prior_layer: PriorLayer = "layer4"
-    shot_reduction: ShotReduction = "mean"  # the released code sums
-    recompute: Recompute = "none"
-
-    def __post_init__(self) -> None:
-        _require(self, "head_width", self.head_width > 0, "1 or more")
-
-
-@dataclass(frozen=True)
 class TuningConfig:
-    """Which parameters of the backbone train; ``save`` is what SVF layers keep for backward."""
+    """Which parameters of the backbone train. The options below ``strategy`` belong to some strategies only; null is
+    the strategy's own default."""
 
-    strategy: Strategy = "svf"
-    save: Save = "exact"
+    strategy: StrategyName = "svf"
+    save: Save | None = None  # svf: what its layers keep for backward
+    stages: tuple[StageName, ...] | None = None  # every strategy but freeze: where it tunes
+    kernel: Kernel | None = None  # full: only convolutions of this size
+    subspaces: tuple[Subspace, ...] | None = None  # svf: which of U, S, V train
+    parametrization: Parametrization | None = None  # svf: scale is S = S_frozen · S_trainable
+    batch_norm: bool | None = None  # svf: BatchNorm's weights and biases train as well
+    train_s: bool | None = None  # rotated_svf: false leaves the rotated weights as they are
+    reduction: int | None = None  # adapter: channels to those of its bottleneck
+    seed: int | None = None  # rotated_scaling and rotated_svf: of the rotations; adapter: of its start
 
     def __post_init__(self) -> None:
-        if self.save != "exact" and self.strategy != "svf":
-            raise ValueError(f"save is {self.save!r}, but strategy is {self.strategy!r}: only svf layers have it")
+        known = option_names(self.strategy)
+        for name, value in self.options.items():
+            if name not in known:
+                raise ValueError(
+                    f"{name} is {value!r}, but strategy is {self.strategy!r}, which has {', '.join(known) or 'no options'}"
+                )
+        build_strategy(self.strategy, **self.options)
+
+    @property
+    def options(self) -> PlainData:
+        """What is set of the strategy's options."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "strategy"}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
-class OptimiserConfig:
-    """SGD. Rates in effect: ``base_lr · lr_scale`` for the heads; that times ``svf_lr_scale`` for singular values, or
-    times ``backbone_lr_scale`` for backbone weights under full fine-tuning."""
+class SGDConfig:
+    """SGD. Rates in effect: ``base_lr · lr_scale`` for the heads; that times ``backbone_lr_scale`` for backbone weights
+    that train."""
 
     base_lr: float = 0.015
     lr_scale: float = 1.0
-    svf_lr_scale: float = 0.1
     backbone_lr_scale: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name in ("base_lr", "lr_scale", "svf_lr_scale", "backbone_lr_scale", "weight_decay"):
-            value = getattr(self, name)
-            _require(self, name, math.isfinite(value) and value >= 0, "a number, 0 or more")
-        _require(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+        for name in ("base_lr", "lr_scale", "backbone_lr_scale", "weight_decay"):
+            require_rate(self, name)
+        require(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class OptimiserConfig(SGDConfig):
+    """As :class:`SGDConfig`; singular values, and the factors that stand in their place in other expressions of a weight,
+    have ``svf_lr_scale`` in the place of ``backbone_lr_scale``."""
+
+    svf_lr_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_rate(self, "svf_lr_scale")
 
 
 @dataclass(frozen=True)
@@ -111,26 +164,34 @@ class ScheduleConfig:
     patience: int | None = None  # stop when the best validation is this many validations old
 
     def __post_init__(self) -> None:
-        _require_one_of(self, "iterations", "epochs")
-        _require(self, "patience", self.patience is None or self.patience > 0, "1 or more, or null")
+        require_one_of(self, "iterations", "epochs")
+        require(self, "patience", self.patience is None or self.patience > 0, "1 or more, or null")
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
-    """How often and how the novel classes are evaluated while training. Model selection looks at the test fold itself,
-    as in the published code."""
+class CadenceConfig:
+    """How often the model is validated while training."""
 
     every_iterations: int | None = None
     every_epochs: float | None = None  # 0.5: also at the middle of each epoch
+
+    def __post_init__(self) -> None:
+        require_one_of(self, "every_iterations", "every_epochs")
+
+
+@dataclass(frozen=True)
+class ValidationConfig(CadenceConfig):
+    """How the novel classes are evaluated. Model selection looks at the test fold itself, as in the published code."""
+
     episodes: int = 1000
     seed: int = 321
     shots: int | None = None  # null: as in training
 
     def __post_init__(self) -> None:
-        _require_one_of(self, "every_iterations", "every_epochs")
-        _require(self, "episodes", self.episodes > 0, "1 or more")
-        _require(self, "seed", 0 <= self.seed < 2**63, "0 or more, below 2^63")
-        _require(self, "shots", self.shots is None or self.shots > 0, "1 or more, or null")
+        super().__post_init__()
+        require(self, "episodes", self.episodes > 0, "1 or more")
+        require(self, "seed", 0 <= self.seed < 2**63, "0 or more, below 2^63")
+        require(self, "shots", self.shots is None or self.shots > 0, "1 or more, or null")
 
 
 @dataclass(frozen=True)
@@ -144,71 +205,128 @@ class RunConfig:
     checkpoint_every: int = 100  # iterations
 
     def __post_init__(self) -> None:
-        _require(self, "seed", 0 <= self.seed < 2**63, "0 or more, below 2^63")
+        require(self, "seed", 0 <= self.seed < 2**63, "0 or more, below 2^63")
         kind, _, index = self.device.partition(":")
-        _require(
+        require(
             self,
             "device",
             self.device in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal() and int(index) < 128),
             "auto, cpu, cuda or cuda:N",
         )
-        _require(self, "threads", self.threads is None or self.threads > 0, "1 or more, or null")
-        _require(self, "checkpoint_every", self.checkpoint_every > 0, "1 or more")
+        require(self, "threads", self.threads is None or self.threads > 0, "1 or more, or null")
+        require(self, "checkpoint_every", self.checkpoint_every > 0, "1 or more")
 
 
 @dataclass(frozen=True)
-class Config:
-    """One run. ``schedule`` and ``validation`` have no usable defaults: their length is the reader's to choose."""
+class StageConfig:
+    """What every run has. ``schedule`` and ``validation`` have no usable defaults: their length is the reader's to
+    choose."""
 
     schedule: ScheduleConfig
-    validation: ValidationConfig
-    data: DataConfig = field(default_factory=DataConfig)
+    validation: CadenceConfig
+    data: PicturesConfig = field(default_factory=PicturesConfig)
     backbone: BackboneSection = field(default_factory=BackboneSection)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    tuning: TuningConfig = field(default_factory=TuningConfig)
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    optimiser: SGDConfig = field(default_factory=SGDConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-    def __post_init__(self) -> None:
-        if self.method.prior_layer == "layer4" and self.backbone.depth == 3:
-            raise ValueError(
-                "method.prior_layer is 'layer4', but backbone.depth=3 has none: set method.prior_layer=layer3"
-            )
 
     def to_plain(self) -> PlainData:
         """Nested dictionaries and lists, as YAML and checkpoints hold them."""
-        return to_plain(self)
+        plain: PlainData = to_plain(self)
+        return plain
+
+
+@dataclass(frozen=True)
+class Config(StageConfig):
+    """One run of a few-shot method: meta-training, BAM's second stage."""
+
+    validation: ValidationConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+
+    def __post_init__(self) -> None:
+        method = self.method
+        if method.prior_layer == "layer4" and self.backbone.depth == 3:
+            raise ValueError(
+                "method.prior_layer is 'layer4', but backbone.depth=3 has none: set method.prior_layer=layer3"
+            )
+        if method.takes_base_learner and self.backbone.weights is not None:
+            raise ValueError("backbone.weights is set, but the backbone comes from method.base_learner: leave one out")
+        if method.name == "bam" and self.validation.shots not in (None, self.data.shots):
+            raise ValueError(
+                f"validation.shots is {self.validation.shots}, expected {self.data.shots} as in data.shots: "
+                "BAM learns one weight a shot"
+            )
+
+
+@dataclass(frozen=True)
+class BaseConfig(StageConfig):
+    """One run of BAM's first stage: the base learner, trained on whole pictures of all base classes."""
+
+    method: BaseLearnerConfig = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.data.batch < 2:
+            raise ValueError(
+                "data.batch is 1, expected 2 or more: BatchNorm of a pooled pixel needs more than one value"
+            )
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A configuration from a YAML file or the bare name of a shipped one, with ``section.key=value`` overrides on top.
+    """A few-shot run's configuration from a YAML file or the bare name of a shipped one, with ``section.key=value``
+    overrides on top.
 
     Raises FileNotFoundError when there is no such file, ConfigError (one sentence that names the key) on anything wrong
     in it.
     """
+    return config_from_plain(_read(name, Config), overrides)
+
+
+def load_base_config(name: str | Path, overrides: Sequence[str] = ()) -> BaseConfig:
+    """As :func:`load_config`, for a run of the base learner."""
+    return config_from_plain(_read(name, BaseConfig), overrides, BaseConfig)
+
+
+@overload
+def config_from_plain(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config: ...
+
+
+@overload
+def config_from_plain(data: Mapping[str, Any], overrides: Sequence[str], schema: type[Stage]) -> Stage: ...
+
+
+def config_from_plain(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), schema: type[StageConfig] = Config
+) -> StageConfig:
+    """A configuration from nested plain data (a YAML file's, a checkpoint's); errors as in :func:`load_config`."""
+    merged: PlainData = {
+        name: dict(section) if isinstance(section, dict) else section for name, section in data.items()
+    }
+    for assignment in overrides:
+        override(schema, merged, assignment)
+    return from_plain(schema, merged)
+
+
+def shipped_configs() -> list[str]:
+    """Names that :func:`load_config` takes without a path."""
+    return sorted(path.stem for path in SHIPPED_FOLDER.glob("*.yaml"))
+
+
+def _read(name: str | Path, schema: type[StageConfig]) -> PlainData:
     path = _find(str(name))
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds no sections; expected {', '.join(f.name for f in fields(Config))}")
-    return config_from_plain(data, overrides)
-
-
-def config_from_plain(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """A configuration from nested plain data (a YAML file's, a checkpoint's); errors as in :func:`load_config`."""
-    merged: PlainData = {
-        name: dict(section) if isinstance(section, dict) else section for name, section in data.items()
-    }
-    for assignment in overrides:
-        override(Config, merged, assignment)
-    return from_plain(Config, merged)
-
-
-def shipped_configs() -> list[str]:
-    """Names that :func:`load_config` takes without a path."""
-    return sorted(path.stem for path in SHIPPED_FOLDER.glob("*.yaml"))
+        raise ConfigError(f"{path} holds no sections; expected {', '.join(f.name for f in fields(schema))}")
+    method = data.get("method")
+    named = method.get("name") if isinstance(method, dict) else None
+    command = "train-base" if named == BASE_LEARNER else "train"
+    if named is not None and (command == "train-base") != issubclass(schema, BaseConfig):
+        raise ConfigError(f"{path} is a configuration for svf-fast {command}: its method.name is {named!r}")
+    return data
 
 
 def _find(name: str) -> Path:
@@ -221,19 +339,3 @@ def _find(name: str) -> Path:
     suggestion = nearest(name, known)
     hint = f"did you mean {suggestion}?" if suggestion else f"shipped ones are {', '.join(known)}"
     raise FileNotFoundError(f"no configuration file {name}, and no shipped one of that name: {hint}")
-
-
-def _require(section: object, name: str, is_valid: bool, expected: str) -> None:
-    if not is_valid:
-        raise ValueError(f"{name} is {getattr(section, name)!r}, expected {expected}")
-
-
-def _require_one_of(section: object, first: str, second: str) -> None:
-    values = getattr(section, first), getattr(section, second)
-    if all(value is None for value in values):
-        raise ValueError(f"{first} is not set: give it, or {second}")
-    if all(value is not None for value in values):
-        raise ValueError(f"{first} is set, and so is {second}: leave one out, on the command line with =null")
-    for name in (first, second):
-        value = getattr(section, name)
-        _require(section, name, value is None or value > 0, "more than 0")

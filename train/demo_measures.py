@@ -6,7 +6,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from svf_fast.train.figures import PredictionRow
 from svf_fast.train.journal import read_journal
 from svf_fast.train.methods import MetaLearner
 from svf_fast.train.methods.baseline import Baseline
-from svf_fast.train.tuning import STRATEGIES, TUNED_STAGES, trainable_counts
+from svf_fast.train.tuning import TUNED_STAGES, trainable_counts
 
 _TOP = 30  # singular values that the paper's Figure 6 shows
 
@@ -40,13 +39,14 @@ def measure_run(config: Config, folder: Path) -> StrategyResult:
     validations = [line for line in journal if line["kind"] == "validation"]
     model = build_model(config, pretrained=False)
     rates, counts = base_rates(config, model.groups), trainable_counts(model.method)
+    backbone_rate = next((rate for name, rate in rates.items() if name != "head"), None)
     return StrategyResult(
         name=config.tuning.strategy,
-        trains=STRATEGIES[config.tuning.strategy].trains,
+        trains=model.strategy.trains,
         head_parameters=counts["head"],
         backbone_parameters=counts["backbone"],
         head_rate=rates["head"],
-        backbone_rate=rates.get("backbone"),
+        backbone_rate=backbone_rate,
         kept_bytes=_kept_bytes(model.method, training_sampler(config)),
         step_ms=statistics.median(line["step_ms"] for line in steps),
         training_s=sum(line["step_ms"] for line in steps) / 1000.0,
@@ -70,12 +70,8 @@ def _kept_bytes(method: MetaLearner, sampler: EpisodeSampler) -> int:
     batch = collate([sampler.episode(0, 0)])
     method.train()
 
-    def loss() -> Any:
-        logits = method(batch.query_images, batch.support_images, batch.support_labels)
-        return method.loss(logits, batch.query_labels)
-
     with torch.random.fork_rng(devices=[]):  # dropout must not move the caller's stream
-        return kept_bytes(loss, owned=method)
+        return kept_bytes(lambda: method.losses(batch).total, owned=method)
 
 
 def tuned_method(config: Config, folder: Path) -> MetaLearner:

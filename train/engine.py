@@ -15,16 +15,16 @@ from rich.console import Console
 from torch import nn
 
 from svf_fast.train.assembly import base_rates
-from svf_fast.train.batches import EpisodeSource, load_ahead, training_keys
+from svf_fast.train.batches import training_keys
 from svf_fast.train.checkpoint import Checkpoint, RunState, load_method_state, save_checkpoint
-from svf_fast.train.config import Config
-from svf_fast.train.data.episodes import EpisodeBatch
+from svf_fast.train.config import StageConfig
 from svf_fast.train.interruption import StopRequest
 from svf_fast.train.journal import Journal
 from svf_fast.train.progress import WorkProgress
 from svf_fast.train.schedule import factor
+from svf_fast.train.tasks import DeviceBatch, Task
 from svf_fast.train.tuning import ParameterGroup
-from svf_fast.train.validation import ValidationStopped, validate
+from svf_fast.train.validation import ValidationStopped
 
 LAST, BEST, LOG = "last.pt", "best.pt", "log.jsonl"
 
@@ -35,14 +35,11 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run works on. ``method`` is called as ``method(query, supports, support_labels) -> logits`` and has
-    ``loss(logits, query_label)``; ``class_names`` are those of the classes that validation asks for, by id."""
+    """What a run works on: a model, its parameters in optimiser groups, and the task that trains and judges it."""
 
     method: nn.Module
     groups: list[ParameterGroup]
-    training: EpisodeSource
-    validation: EpisodeSource
-    class_names: dict[int, str]
+    task: Task
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,9 @@ class Outcome:
 class Run:
     """A run in ``folder``: ``last.pt``, ``best.pt`` (by validation mIoU) and ``log.jsonl``."""
 
-    def __init__(self, config: Config, parts: Parts, folder: Path, *, device: torch.device, console: Console) -> None:
+    def __init__(
+        self, config: StageConfig, parts: Parts, folder: Path, *, device: torch.device, console: Console
+    ) -> None:
         self.config = config
         self.parts = parts
         self.folder = folder
@@ -74,7 +73,7 @@ class Run:
         )
         self.base_rates = base_rates(config, parts.groups)
         schedule = config.schedule
-        self.steps_per_epoch = len(parts.training) // config.data.batch
+        self.steps_per_epoch = len(parts.task.training) // config.data.batch
         self.total = schedule.iterations or (schedule.epochs or 0) * self.steps_per_epoch
         self._saved_iteration: int | None = None
 
@@ -115,12 +114,12 @@ class Run:
                     return Outcome(False, replace(self.state), self._stopped_sentence())
         return Outcome(True, replace(self.state), self._finished_sentence())
 
-    def _batches(self) -> Generator[EpisodeBatch, None, None]:
-        data = self.config.data
+    def _batches(self) -> Generator[DeviceBatch, None, None]:
+        data, task = self.config.data, self.parts.task
         keys = training_keys(
-            self.parts.training, data.batch, seed=self.config.run.seed, start=self.state.iteration, stop=self.total
+            task.training, data.batch, seed=self.config.run.seed, start=self.state.iteration, stop=self.total
         )
-        return load_ahead(self.parts.training, keys, workers=data.workers)
+        return task.load(keys, data.workers)
 
     @property
     def _is_finished(self) -> bool:
@@ -138,7 +137,7 @@ class Run:
         interval = rule.every_iterations or (rule.every_epochs or 0.0) * self.steps_per_epoch
         return iteration == self.total or iteration // interval > (iteration - 1) // interval
 
-    def _step(self, batch: EpisodeBatch) -> None:
+    def _step(self, batch: DeviceBatch) -> None:
         started_s = time.perf_counter()
         iteration = self.state.iteration
         decay = factor(self.config.schedule.name, iteration, self.total)
@@ -149,10 +148,9 @@ class Run:
         self.method.train()
         self.optimiser.zero_grad(set_to_none=True)
         with _randomness_of_step(self.config.run.seed, iteration, self.device):
-            logits = self.method(batch.query_images, batch.support_images, batch.support_labels)
-            loss = self.method.loss(logits, batch.query_labels)  # type: ignore[operator]
-            loss.backward()
-        loss_value, gradient_norm = loss.item(), self._gradient_norm()
+            losses = self.parts.task.losses(self.method, batch)
+            losses.total.backward()
+        loss_value, gradient_norm = losses.total.item(), self._gradient_norm()
         self._require_finite(loss_value, gradient_norm)
         self.optimiser.step()
         self.state.iteration += 1
@@ -161,6 +159,7 @@ class Run:
             "step",
             self.state.iteration,
             loss=loss_value,
+            parts={name: part.item() for name, part in losses.parts.items()},
             gradient_norm=gradient_norm,
             rates=rates,
             step_ms=round(step_ms, 1),
@@ -183,49 +182,34 @@ class Run:
                 )
 
     def _validate(self) -> bool:
-        """Score the novel classes and keep the best; False when a stop was asked for before the end."""
+        """Judge the model and keep the best; False when a stop was asked for before the end."""
         started_s = time.perf_counter()
-        rule = self.config.validation
-        self.progress.begin("validation", 0, rule.episodes)
+        task = self.parts.task
+        self.progress.begin("validation", 0, task.judged)
         try:
-            scores = validate(
-                self.method,
-                self.parts.validation,
-                tuple(self.parts.class_names),
-                episodes=rule.episodes,
-                seed=rule.seed,
-                workers=self.config.data.workers,
-                device=self.device,
-                watch=self._watch_validation,
+            found = task.judge(
+                self.method, workers=self.config.data.workers, device=self.device, watch=self._watch_validation
             )
         except ValidationStopped:
             return False
         state = self.state
         state.validated = state.iteration
         state.validations_since_best += 1
-        if state.best_miou is None or scores.miou > state.best_miou:
-            state.best_miou, state.best_iteration, state.validations_since_best = scores.miou, state.iteration, 0
-        self.journal.write(
-            "validation",
-            state.iteration,
-            miou=scores.miou,
-            fb_iou=scores.fb_iou,
-            class_iou={self.parts.class_names[class_id]: iou for class_id, iou in scores.class_iou.items()},
-            episodes=scores.episodes,
-            seed=scores.seed,
-            seconds=round(time.perf_counter() - started_s, 2),
-        )
+        if state.best_miou is None or found.miou > state.best_miou:
+            state.best_miou, state.best_iteration, state.validations_since_best = found.miou, state.iteration, 0
+        seconds = round(time.perf_counter() - started_s, 2)
+        self.journal.write("validation", state.iteration, **found.values, seconds=seconds)
         if state.best_iteration == state.iteration:
             self._save(BEST)
         self.progress.note(
-            f"step {state.iteration}: validation mIoU {scores.miou:.4f}, FB-IoU {scores.fb_iou:.4f}"
+            f"step {state.iteration}: {found.sentence}"
             f" (best mIoU {state.best_miou:.4f} after step {state.best_iteration})"
         )
         return True
 
-    def _watch_validation(self, done: int, episodes: int) -> None:
-        self.progress.show("validation", done, episodes)
-        if self.stop and done < episodes:
+    def _watch_validation(self, done: int, total: int) -> None:
+        self.progress.show("validation", done, total)
+        if self.stop and done < total:
             raise ValidationStopped
 
     def _save(self, name: str) -> None:

@@ -38,18 +38,25 @@ class Counts:
         return self.intersection[label] / (self.union[label] + _EPSILON)
 
 
-def prediction_at_original_size(logits: Tensor, original_label: Tensor) -> Tensor:
-    """Labels uint8 [H, W] (0 or 1) from logits [2, S, S] for a query whose original label is [H, W].
+def logits_at_original_size(logits: Tensor, original_label: Tensor) -> Tensor:
+    """Logits float32 [C, H, W] from logits [C, S, S] for a query whose original label is [H, W].
 
     The test transform wrote the picture into the top-left corner of a square, so the logits (not the prediction) are
     resized to a square of the longer side, bilinear with aligned corners, and what lies outside [H, W] is cut off.
     """
-    if logits.dim() != 3 or logits.shape[0] != _LABELS or logits.shape[1] != logits.shape[2]:
-        raise ValueError(f"logits have the shape {list(logits.shape)}; expected [2, S, S]")
+    if logits.dim() != 3 or logits.shape[1] != logits.shape[2]:
+        raise ValueError(f"logits have the shape {list(logits.shape)}; expected [C, S, S]")
     height, width = _require_label(original_label)
     side = max(height, width)
     resized = functional.interpolate(logits.detach().float()[None], (side, side), mode="bilinear", align_corners=True)
-    background, foreground = resized[0, :, :height, :width]
+    return resized[0, :, :height, :width]
+
+
+def prediction_at_original_size(logits: Tensor, original_label: Tensor) -> Tensor:
+    """Labels uint8 [H, W] (0 or 1) from logits [2, S, S], as :func:`logits_at_original_size` resizes them."""
+    if logits.dim() != 3 or logits.shape[0] != _LABELS or logits.shape[1] != logits.shape[2]:
+        raise ValueError(f"logits have the shape {list(logits.shape)}; expected [2, S, S]")
+    background, foreground = logits_at_original_size(logits, original_label)
     # the argmax of two, a tie being background; torch.argmax over a leading dimension takes a hundred times as long
     return (foreground > background).to(torch.uint8)
 

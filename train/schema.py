@@ -2,6 +2,7 @@
 dataclasses are the schema: their annotations say what a key takes. Knows no key by name."""
 
 import difflib
+import math
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,6 +106,30 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
     by_last_part = {other.rpartition(".")[2]: other for other in known}
     part = difflib.get_close_matches(name.rpartition(".")[2], list(by_last_part), n=1, cutoff=0.6)
     return by_last_part[part[0]] if part else None
+
+
+def require(section: object, name: str, is_valid: object, expected: str) -> None:
+    """For a section's own checks: ValueError that names the field, its value and what was ``expected``."""
+    if not is_valid:
+        raise ValueError(f"{name} is {getattr(section, name)!r}, expected {expected}")
+
+
+def require_rate(section: object, name: str) -> None:
+    """ValueError unless the field is a finite number, 0 or more."""
+    value = getattr(section, name)
+    require(section, name, math.isfinite(value) and value >= 0, "a number, 0 or more")
+
+
+def require_one_of(section: object, first: str, second: str) -> None:
+    """ValueError unless exactly one of two fields is set, to more than 0."""
+    values = getattr(section, first), getattr(section, second)
+    if all(value is None for value in values):
+        raise ValueError(f"{first} is not set: give it, or {second}")
+    if all(value is not None for value in values):
+        raise ValueError(f"{first} is set, and so is {second}: leave one out, on the command line with =null")
+    for name in (first, second):
+        value = getattr(section, name)
+        require(section, name, value is None or value > 0, "more than 0")
 
 
 def _hints(schema: type) -> dict[str, Any]:

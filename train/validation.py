@@ -1,15 +1,20 @@
 """Scores of a method on the novel classes, by the field's protocol. Draws nothing from any generator that training
 uses."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svf_fast.train.batches import EpisodeSource, load_ahead
-from svf_fast.train.evaluation import FewShotMetrics
+from svf_fast.train.data.episodes import EpisodeBatch, collate
+from svf_fast.train.evaluation import FewShotMetrics, logits_at_original_size
+from svf_fast.train.label_metrics import BaseMetrics
+from svf_fast.train.methods import BAM
 
 
 class ValidationStopped(Exception):
@@ -26,6 +31,45 @@ class Scores:
     class_episodes: dict[int, int]
     episodes: int
     seed: int
+    branches: BranchScores | None = None
+
+
+@dataclass(frozen=True)
+class BranchScores:
+    """What BAM also reports, as fractions: its meta branch on the novel classes, its base branch on the base classes that
+    the queries show."""
+
+    meta_miou: float
+    meta_fb_iou: float
+    base_miou: float
+
+
+class _Branches:
+    """Runs BAM and counts for its two branches what they say."""
+
+    def __init__(self, method: BAM, class_ids: tuple[int, ...]) -> None:
+        self.method = method
+        self.meta = FewShotMetrics(class_ids)
+        self.base = BaseMetrics(method.base_classes)
+
+    def final_logits(self, batch: EpisodeBatch) -> Tensor:
+        """The ensemble's logits [1, 2, S, S] for a batch of one."""
+        found = self.method.outputs(batch.query_images, batch.support_images, batch.support_labels)
+        base_label = base_label_of(batch)
+        self.meta.update(found.meta[0], batch.original_labels[0], batch.class_ids[0])
+        self.base.update(logits_at_original_size(found.base[0], base_label).argmax(dim=0), base_label)
+        return found.final
+
+    @property
+    def scores(self) -> BranchScores:
+        return BranchScores(self.meta.miou, self.meta.fb_iou, self.base.miou_of_met)
+
+
+def base_label_of(batch: EpisodeBatch) -> Tensor:
+    """The original base label [H, W] of a batch of one; ValueError when its source was not asked for any."""
+    if batch.original_base_labels is None:
+        raise ValueError("the episodes hold no base labels, which BAM needs: build their sampler with base_classes")
+    return batch.original_base_labels[0]
 
 
 def validate(
@@ -45,16 +89,23 @@ def validate(
     episode ``watch`` is told how many of how many are done; what it raises ends the validation.
     """
     metrics = FewShotMetrics(class_ids)
+    branches = _Branches(method, class_ids) if isinstance(method, BAM) else None
     keys = [(key,) for key in source.validation_indices(episodes, seed)]
     was_training = method.training
     method.eval()
     try:
-        with torch.no_grad(), closing(load_ahead(source, keys, workers=workers)) as batches:
+        with torch.no_grad(), closing(load_ahead(source.episode, collate, keys, workers=workers)) as batches:
             for done, batch in enumerate(batches, start=1):
                 on_device = batch.to(device)
-                logits = method(on_device.query_images, on_device.support_images, on_device.support_labels)
+                if branches is None:
+                    logits = method(on_device.query_images, on_device.support_images, on_device.support_labels)
+                else:
+                    logits = branches.final_logits(on_device)
                 metrics.update(logits[0], batch.original_labels[0], batch.class_ids[0])
                 watch(done, episodes)
     finally:
         method.train(was_training)
-    return Scores(metrics.miou, metrics.fb_iou, metrics.class_iou, dict(metrics.episodes), episodes, seed)
+    branch_scores = None if branches is None else branches.scores
+    return Scores(
+        metrics.miou, metrics.fb_iou, metrics.class_iou, dict(metrics.episodes), episodes, seed, branch_scores
+    )

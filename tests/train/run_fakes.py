@@ -3,9 +3,11 @@ and a method and episodes that cost nothing."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from voc_folders import draw, line, write_label, write_picture
 from svf_fast.train.config import Config, config_from_plain
 from svf_fast.train.data.episodes import Episode
 from svf_fast.train.engine import Parts, Run
+from svf_fast.train.methods import Losses, TrainingBatch
+from svf_fast.train.tasks import DeviceBatch, EpisodeTask
 from svf_fast.train.tuning import ParameterGroup
 
 SIDE = 9
@@ -94,8 +98,10 @@ class FakeMethod(nn.Module):
         shift = (supports * support_labels[:, :, None]).mean(dim=(1, 3, 4))
         return self.decide(self.dropout(torch.relu(self.features(query + shift[:, :, None, None]))))
 
-    def loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(logits, label, ignore_index=255)
+    def losses(self, batch: TrainingBatch) -> Losses:
+        logits = self(batch.query_images, batch.support_images, batch.support_labels)
+        main = nn.functional.cross_entropy(logits, batch.query_labels, ignore_index=255)
+        return Losses(main, {"main": main})
 
 
 def fake_config(*overrides: str) -> Config:
@@ -114,5 +120,19 @@ def fake_run(folder: Path, *overrides: str, method: nn.Module | None = None) -> 
     folder.mkdir(exist_ok=True)
     method = method or FakeMethod()
     groups = [ParameterGroup(name="head", params=list(method.parameters()), lr_scale=1.0)]
-    parts = Parts(method, groups, FakeEpisodes(), FakeEpisodes(), {1: "one", 2: "two"})
-    return Run(fake_config(*overrides), parts, folder, device=torch.device("cpu"), console=QUIET)
+    config = fake_config(*overrides)
+    rule = config.validation
+    task = EpisodeTask(FakeEpisodes(), FakeEpisodes(), {1: "one", 2: "two"}, rule.episodes, rule.seed)
+    return Run(config, Parts(method, groups, task), folder, device=torch.device("cpu"), console=QUIET)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
+    """Every run gets a SIGTERM when that many steps are done."""
+    step = Run._step
+
+    def step_and_signal(run: Run, batch: DeviceBatch) -> None:
+        step(run, batch)
+        if run.state.iteration == iteration:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "_step", step_and_signal)

@@ -4,7 +4,6 @@ every mistake gets."""
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_fakes import TINY, write_voc_folder
+from run_fakes import TINY, stop_after, write_voc_folder
 
 from svf_fast.train.checkpoint import load_checkpoint
 from svf_fast.train.cli import main
@@ -52,7 +51,8 @@ def test_train_then_eval(tmp_path: Path, pictures: Path, capsys: pytest.CaptureF
     assert "finished after step 6; best validation mIoU" in printed.splitlines()[-1]
     assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "config.yaml", "last.pt", "log.jsonl"]
     trained = read_journal(folder / "log.jsonl")[0]["trainable"]
-    assert set(trained) == ({"head"} if strategy == "freeze" else {"head", "backbone"})
+    tuned = {"freeze": set(), "full": {"backbone"}, "svf": {"singular_values"}}[strategy]
+    assert set(trained) == {"head"} | tuned
 
     # the checkpoint alone gives back the scores of the run's own validation, of the model and not of a fresh one
     (tmp_path / "elsewhere").mkdir()
@@ -87,23 +87,38 @@ def test_a_run_goes_on_from_its_own_config_file(tmp_path: Path, finished: Path) 
 def test_a_run_stopped_by_a_signal_is_resumed_to_the_same_weights(
     tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
-    from svf_fast.train.engine import Run
-
     tuned = f"tuning.strategy={strategy}"
     assert main(arguments(pictures, tmp_path / "whole", tuned)) == 0
-    step = Run._step
-
-    def step_and_signal(run: Run, batch: object) -> None:
-        step(run, batch)
-        if run.state.iteration == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Run, "_step", step_and_signal)
+    stop_after(monkeypatch, 3)
     assert main(arguments(pictures, tmp_path / "stopped", tuned)) == 1
     assert "stopped by SIGTERM after step 3 of 6" in capsys.readouterr().out
     monkeypatch.undo()
     assert main(arguments(pictures, tmp_path / "stopped", tuned, "--resume", "data.workers=1")) == 0
     require_equal_weights(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["method.name=pfenet", "method.bins=1.0,0.5", "tuning.strategy=svf"],
+        ["method.name=pfenet", "method.bn_mode=train", "tuning.strategy=freeze"],  # as in PFENet's own repository
+        ["method.shot_reduction=sum", "data.shots=2", "method.recompute=supports"],
+    ],
+)
+def test_a_methods_options_reach_it_and_its_run_is_resumed_to_the_same_weights(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, method: list[str]
+) -> None:
+    assert main(arguments(pictures, tmp_path / "whole", *method)) == 0
+    stop_after(monkeypatch, 3)
+    assert main(arguments(pictures, tmp_path / "stopped", *method)) == 1
+    monkeypatch.undo()
+    assert main(arguments(pictures, tmp_path / "stopped", *method, "--resume")) == 0
+    require_equal_weights(tmp_path / "stopped", tmp_path / "whole")
+    steps = [line for line in read_journal(tmp_path / "whole" / "log.jsonl") if line["kind"] == "step"]
+    assert set(steps[0]["parts"]) == ({"main", "aux"} if "method.name=pfenet" in method else {"main"})
+    counted = load_checkpoint(tmp_path / "whole" / "last.pt").method["layer0.1.num_batches_tracked"]
+    # BatchNorm that follows training sees the queries and then the supports of each of six steps
+    assert counted == (12 if "method.bn_mode=train" in method else 0)
 
 
 def test_a_run_killed_is_resumed_to_the_same_weights(tmp_path: Path, pictures: Path, finished: Path) -> None:
@@ -139,14 +154,17 @@ def test_summary_says_what_trains(capsys: pytest.CaptureFixture[str], strategy: 
     assert main(["summary", "voc_folder", *TINY, f"tuning.strategy={strategy}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("  head: ") and line.endswith("rate 0.02") for line in lines)
-    rate = {"freeze": None, "full": "rate 0.002", "svf": "rate 0.5"}[strategy]
-    assert any(line.startswith("  backbone: ") and line.endswith(str(rate)) for line in lines) == (rate is not None)
+    groups = [line.split(": ")[0].strip() for line in lines if " trainable parameters, rate " in line]
+    assert groups == ["head", *{"freeze": [], "full": ["backbone"], "svf": ["singular_values"]}[strategy]]
+    rate = {"freeze": "rate 0.02", "full": "rate 0.002", "svf": "rate 0.5"}[strategy]
+    assert lines[-1].endswith(rate)
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n    {command} " in printed for command in ("demo", "train", "eval", "summary"))
+    listed = [line.split()[0] for line in printed.splitlines() if line.startswith("    ")]
+    assert {"demo", "train-base", "train", "eval", "summary"} <= set(listed)
 
 
 @pytest.mark.parametrize(

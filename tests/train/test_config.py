@@ -8,13 +8,28 @@ from pathlib import Path
 import pytest
 import yaml
 
-from svf_fast.train.config import ConfigError, DataConfig, config_from_plain, load_config, shipped_configs
+from svf_fast.train.config import (
+    BaseConfig,
+    ConfigError,
+    DataConfig,
+    config_from_plain,
+    load_base_config,
+    load_config,
+    shipped_configs,
+)
+
+BASE = "pascal_base_resnet50"
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if name != BASE])
 def test_a_shipped_config_survives_plain_data_and_yaml(name: str) -> None:
     config = load_config(name)
     assert config_from_plain(yaml.safe_load(yaml.safe_dump(config.to_plain()))) == config
+
+
+def test_the_base_learners_config_survives_plain_data_and_yaml() -> None:
+    config = load_base_config(BASE)
+    assert config_from_plain(yaml.safe_load(yaml.safe_dump(config.to_plain())), (), BaseConfig) == config
 
 
 def test_the_papers_setting_is_the_documented_one() -> None:
@@ -23,6 +38,15 @@ def test_the_papers_setting_is_the_documented_one() -> None:
     assert (config.optimiser.base_lr, config.optimiser.svf_lr_scale) == (0.015, 0.1)
     assert (config.optimiser.momentum, config.optimiser.weight_decay) == (0.9, 1e-4)
     assert (config.schedule.name, config.schedule.patience, config.validation.episodes) == ("cosine", 75, 1000)
+
+
+def test_the_base_learners_rates_are_those_of_bams_code() -> None:
+    config = load_base_config(BASE)
+    sgd = config.optimiser
+    assert sgd.base_lr * sgd.lr_scale == pytest.approx(2.5e-3)
+    assert sgd.base_lr * sgd.lr_scale * sgd.backbone_lr_scale == pytest.approx(2.5e-4)
+    assert (config.data.size, config.data.batch, config.data.scale_range) == (417, 12, (0.5, 2.0))
+    assert (config.schedule.name, config.schedule.epochs, config.schedule.patience) == ("poly", 100, 75)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +64,7 @@ def test_the_papers_setting_is_the_documented_one() -> None:
         ("backbone.weights=null", "backbone", "weights", None),
         ("schedule.patience=5", "schedule", "patience", 5),
         ("validation.shots=5", "validation", "shots", 5),
+        ("method.base_learner=null", "method", "base_learner", None),
     ],
 )
 def test_an_override_takes_the_type_of_its_key(override: str, section: str, key: str, value: object) -> None:
@@ -96,6 +121,65 @@ def test_a_wrong_override_gets_one_sentence_that_names_the_key(override: str, se
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["method.bins=4,2"], "method.bins is (4.0, 2.0), but name is 'baseline': only pfenet has it"),
+        (["method.kshot_trans_dim=0"], "method.kshot_trans_dim is 0, but name is 'baseline': only bam has it"),
+        (
+            ["method.name=pfenet", "method.shot_reduction=sum"],
+            "method.shot_reduction is 'sum', but name is 'pfenet': only baseline has it",
+        ),
+        (
+            ["method.name=bam", "method.backbone_init=base_learner"],
+            "method.backbone_init is 'base_learner', but name is 'bam': only baseline and pfenet have it",
+        ),
+        (["method.name=pfenet", "method.bins=0"], "method.bins is (0.0,), expected at least one whole number above 1"),
+        (["method.name=pfenet", "method.bins=2.5"], "method.bins is (2.5,), expected at least one whole number"),
+        (["method.name=pfenet", "method.bins=[]"], "method.bins is (), expected at least one whole number"),
+        (["method.name=bam", "method.kshot_trans_dim=-1"], "method.kshot_trans_dim is -1, expected 0 or more"),
+        (["method.bn_mode=train", "method.recompute=stages"], "method.recompute is 'stages' with bn_mode 'train'"),
+        (["method.backbone_init=base_learner"], "method.base_learner is not set, but backbone_init is 'base_learner'"),
+        (["method.base_learner=x.pt"], "method.base_learner is set, but baseline starts from backbone.weights"),
+        (
+            ["method.name=bam", "method.base_learner=x.pt", "backbone.weights=y.pt"],
+            "backbone.weights is set, but the backbone comes from method.base_learner: leave one out",
+        ),
+        (
+            ["method.name=bam", "validation.shots=5"],
+            "validation.shots is 5, expected 1 as in data.shots: BAM learns one weight a shot",
+        ),
+        (["method.name=pspnet"], "method.name is 'pspnet', expected one of 'baseline', 'pfenet', 'bam'"),
+    ],
+)
+def test_a_combination_that_makes_no_sense_gets_one_sentence(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config("voc_folder", overrides)
+    assert str(raised.value).startswith(sentence)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.batch=1", "data.batch is 1, expected 2 or more"),
+        ("data.shots=5", "unknown key data.shots"),
+        ("method.name=bam", "method.name is 'bam', expected one of 'pspnet'"),
+        ("tuning.strategy=svf", "unknown key tuning.strategy"),
+    ],
+)
+def test_a_wrong_override_of_a_base_learner_gets_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        load_base_config(BASE, [override])
+
+
+def test_each_stage_takes_its_own_configurations() -> None:
+    with pytest.raises(ConfigError, match=r"is a configuration for svf-fast train: its method\.name is 'baseline'"):
+        load_base_config("pascal_baseline_resnet50")
+    with pytest.raises(ConfigError, match=r"is a configuration for svf-fast train-base: its method\.name is 'pspnet'"):
+        load_config(BASE)
+
+
 def test_what_only_svf_has_is_refused_elsewhere() -> None:
     with pytest.raises(ConfigError, match=r"tuning\.save is 'int8', but strategy is 'freeze'"):
         load_config("voc_folder", ["tuning.save=int8", "tuning.strategy=freeze"])
@@ -140,7 +224,7 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path: Path) -> None:
     ("name", "hint"),
     [
         ("voc_foldr", "did you mean voc_folder?"),
-        ("quite_another", "shipped ones are pascal_baseline_resnet50, voc_folder"),
+        ("quite_another", "shipped ones are pascal_bam_resnet50, pascal_base_resnet50, pascal_baseline_resnet50, "),
     ],
 )
 def test_a_missing_config_is_told_with_what_there_is(name: str, hint: str) -> None:

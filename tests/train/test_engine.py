@@ -22,6 +22,7 @@ from svf_fast.train.batches import training_keys
 from svf_fast.train.checkpoint import load_checkpoint
 from svf_fast.train.engine import BEST, LAST, LOG, Run, TrainingError
 from svf_fast.train.journal import read_journal
+from svf_fast.train.methods import Losses, TrainingBatch
 
 
 class Crash(Exception):
@@ -97,6 +98,7 @@ def test_a_run_is_told_step_by_step(uninterrupted: Path) -> None:
     lines = read_journal(uninterrupted / LOG)
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["iteration"] for line in steps] == list(range(1, 11))
+    assert all(line["parts"] == {"main": line["loss"]} for line in steps)
     assert all(math.isfinite(line["loss"]) and line["gradient_norm"] > 0 and line["step_ms"] > 0 for line in steps)
     cosine = [0.1 * (1 + math.cos(math.pi * step / 10)) for step in range(10)]
     assert [line["rates"]["head"] for line in steps] == pytest.approx(cosine)
@@ -212,12 +214,13 @@ def test_what_is_not_finite_stops_before_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     class Broken(WatchedMethod):
-        def loss(self, logits: Tensor, label: Tensor) -> Tensor:
-            loss = super().loss(logits, label)
+        def losses(self, batch: TrainingBatch) -> Losses:
+            losses = super().losses(batch)
             if self.calls[True] < 8:
-                return loss
+                return losses
             # the root's slope is infinite at 0 where its value is finite
-            return loss * math.nan if what == "loss" else loss + torch.sqrt(logits.sum() * 0)
+            total = losses.total * math.nan if what == "loss" else losses.total + torch.sqrt(losses.total * 0)
+            return Losses(total, losses.parts)
 
     sentence = rf"the {what}.* is nan at step 8: .*{LAST} holds the run after step 6"
     with pytest.raises(TrainingError, match=sentence) as raised:
@@ -298,7 +301,7 @@ def test_groups_get_the_rates_of_their_scale(tmp_path: Path) -> None:
         engine.ParameterGroup(name="head", params=list(method.decide.parameters()), lr_scale=1.0),
         engine.ParameterGroup(name="backbone", params=list(method.features.parameters()), lr_scale=0.1),
     ]
-    parts = engine.Parts(method, groups, run.parts.training, run.parts.validation, run.parts.class_names)
+    parts = engine.Parts(method, groups, run.parts.task)
     Run(run.config, parts, tmp_path, device=run.device, console=run.console).train()
     (first, *_) = [line for line in read_journal(tmp_path / LOG) if line["kind"] == "step"]
     assert first["rates"] == pytest.approx({"head": 0.2, "backbone": 0.02})

@@ -6,11 +6,10 @@ interruption changes what is drawn. Knows nothing of models, optimisers or metri
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import cv2
 import numpy as np
@@ -18,10 +17,14 @@ import torch
 from torch import Tensor
 
 from svf_fast.train.data import VOID
+from svf_fast.train.data.base_labels import base_label_values
 from svf_fast.train.data.cache import PairCache
+from svf_fast.train.data.chance import generator_of, permutation
 from svf_fast.train.data.reading import Bytes
 from svf_fast.train.data.transforms import Augmentation, augment, fit, to_tensors
 from svf_fast.train.data.voc import Split
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Episode:
     query_name: str  # the picture as the list file writes it
     support_names: tuple[str, ...]
     original_label: Tensor  # [H, W] uint8, the query's label before any transform, for evaluation
+    base_label: Tensor | None = None  # [S, S] int64, the query's: position among the base classes + 1, void, 0 all else
+    original_base_label: Tensor | None = None  # [H, W] uint8, the same before any transform
+    category: int | None = None  # position of the episode's class among the base classes; None for a novel class
 
 
 @dataclass(frozen=True)
@@ -50,15 +56,17 @@ class EpisodeBatch:
     query_names: tuple[str, ...]
     support_names: tuple[tuple[str, ...], ...]
     original_labels: tuple[Tensor, ...]
+    base_labels: Tensor | None = None  # [B, S, S] int64
+    original_base_labels: tuple[Tensor, ...] | None = None
+    categories: Tensor | None = None  # [B] int64
 
     def __len__(self) -> int:
         return len(self.class_ids)
 
     def to(self, device: torch.device | str) -> EpisodeBatch:
-        """The batch with the four stacked tensors on `device`; original labels stay where they are."""
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("query_images", "query_labels", "support_images", "support_labels")
+        """The batch with its stacked tensors on `device`; original labels stay where they are."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -70,6 +78,8 @@ def collate(episodes: Sequence[Episode]) -> EpisodeBatch:
     shapes = {tuple(episode.support_images.shape) for episode in episodes}
     if len(shapes) > 1:
         raise ValueError(f"episodes have supports of different shapes {sorted(shapes)}; expected one [K, 3, S, S]")
+    base_labels = _of_all(episode.base_label for episode in episodes)
+    categories = _of_all(episode.category for episode in episodes)
     return EpisodeBatch(
         query_images=torch.stack([episode.query_image for episode in episodes]),
         query_labels=torch.stack([episode.query_label for episode in episodes]),
@@ -79,7 +89,17 @@ def collate(episodes: Sequence[Episode]) -> EpisodeBatch:
         query_names=tuple(episode.query_name for episode in episodes),
         support_names=tuple(episode.support_names for episode in episodes),
         original_labels=tuple(episode.original_label for episode in episodes),
+        base_labels=None if base_labels is None else torch.stack(base_labels),
+        original_base_labels=_of_all(episode.original_base_label for episode in episodes),
+        categories=None if categories is None else torch.tensor(categories),
     )
+
+
+def _of_all(values: Iterable[Value | None]) -> tuple[Value, ...] | None:
+    """The values if every episode has one, else None."""
+    found = tuple(values)
+    present = tuple(value for value in found if value is not None)
+    return present if len(present) == len(found) else None
 
 
 class EpisodeSampler:
@@ -87,7 +107,8 @@ class EpisodeSampler:
 
     With `augmentation` pictures go through the training transforms, without one through the test transform. Up to
     `cache_bytes` of decoded pictures are kept; a process that gets a copy of the sampler starts with an empty cache.
-    Raises ValueError naming the class if some query could not be given `shots` supports.
+    With `base_classes` (BAM) an episode also holds its query's base label, under the same random numbers, and its
+    category; nothing else changes. Raises ValueError naming the class if some query could not be given `shots` supports.
     """
 
     def __init__(
@@ -98,6 +119,7 @@ class EpisodeSampler:
         seed: int = 321,
         augmentation: Augmentation | None = None,
         *,
+        base_classes: Sequence[int] | None = None,
         cache_bytes: int = 512 * 2**20,
     ) -> None:
         if shots < 1:
@@ -109,8 +131,9 @@ class EpisodeSampler:
         self.size = size
         self.seed = seed
         self.augmentation = augmentation
+        self.base_classes = None if base_classes is None else tuple(sorted(base_classes))
         self._cache = PairCache(cache_bytes)
-        _require_enough_supports(split, shots)
+        self._require_enough_supports()
 
     def __len__(self) -> int:
         """Number of query pictures; a pass meets each once."""
@@ -120,28 +143,41 @@ class EpisodeSampler:
         """The episode whose query is entry `index` of the split, as pass `pass_index` over the split draws it."""
         if not 0 <= index < len(self):
             raise IndexError(f"index is {index}; the split has {len(self)} query pictures")
-        source = _generator("episode", self.seed, pass_index, index)
-        query = self.split.entries[index]
-        class_id = query.present_classes[source.randint(0, len(query.present_classes) - 1)]
+        source = generator_of("episode", self.seed, pass_index, index)
+        candidates = self.candidate_classes(index)
+        class_id = candidates[source.randint(0, len(candidates) - 1)]
         supports = self._draw_supports(class_id, index, source)
 
-        original_image, original_label = self._load(index, class_id)
-        query_image, query_label = self._transform(original_image, original_label, source)
+        original_image, original_classes = self._load(index, class_id)
+        query_image, query_classes = self._transform(original_image, original_classes, source)
         transformed = [self._transform(*self._load(support, class_id), source) for support in supports]
+        base_label, original_base_label, category = None, None, None
+        if self.base_classes is not None:
+            values = base_label_values(self.base_classes)[_class_first(class_id)]
+            base_label = _label_tensor(cv2.LUT(query_classes, values))
+            original_base_label = torch.from_numpy(cv2.LUT(original_classes, values))
+            category = self.base_classes.index(class_id) if class_id in self.base_classes else None
         return Episode(
             query_image=query_image,
-            query_label=query_label,
+            query_label=_label_tensor(_episode_label(query_classes)),
             support_images=torch.stack([image for image, _ in transformed]),
-            support_labels=torch.stack([label for _, label in transformed]),
+            support_labels=torch.stack([_label_tensor(_episode_label(classes)) for _, classes in transformed]),
             class_id=class_id,
-            query_name=query.image,
+            query_name=self.split.entries[index].image,
             support_names=tuple(self.split.entries[support].image for support in supports),
-            original_label=torch.from_numpy(original_label),
+            original_label=torch.from_numpy(_episode_label(original_classes)),
+            base_label=base_label,
+            original_base_label=original_base_label,
+            category=category,
         )
+
+    def candidate_classes(self, index: int) -> tuple[int, ...]:
+        """The classes of which an episode with query `index` draws one."""
+        return self.split.entries[index].present_classes
 
     def training_order(self, epoch: int, seed: int) -> list[int]:
         """Every query index once, in the order of that epoch."""
-        return _permutation(len(self), _generator("training order", seed, epoch))
+        return permutation(len(self), generator_of("training order", seed, epoch))
 
     def validation_indices(
         self, count: int, seed: int, order: Literal["permuted", "list"] = "permuted"
@@ -158,7 +194,7 @@ class EpisodeSampler:
         pairs: list[tuple[int, int]] = []
         for pass_index in range(-(-count // len(self))):
             if order == "permuted":
-                indices: Iterable[int] = _permutation(len(self), _generator("validation order", seed, pass_index))
+                indices: Iterable[int] = permutation(len(self), generator_of("validation order", seed, pass_index))
             else:
                 indices = range(len(self))
             pairs.extend((pass_index, index) for index in indices)
@@ -175,39 +211,50 @@ class EpisodeSampler:
         return supports
 
     def _load(self, index: int, class_id: int) -> tuple[Bytes, Bytes]:
-        """Picture and episode label (1 the class, 255 void, 0 all else) of an entry, at their original size."""
+        """Picture and class ids of an entry at their original size, `class_id` standing as 1 (and 1 as `class_id`).
+
+        The transforms look at value 1 alone and move the others with it, so that every label of one picture can be
+        read from what comes out.
+        """
         entry = self.split.entries[index]
         image, label = self._cache.pair(self.split.root / entry.image, self.split.root / entry.label)
-        values = np.zeros(256, np.uint8)
-        values[class_id], values[VOID] = 1, VOID
-        return image, np.asarray(cv2.LUT(label, values), np.uint8)
+        return image, np.asarray(cv2.LUT(label, _class_first(class_id)), np.uint8)
 
-    def _transform(self, image: Bytes, label: Bytes, source: random.Random) -> tuple[Tensor, Tensor]:
+    def _transform(self, image: Bytes, label: Bytes, source: random.Random) -> tuple[Tensor, Bytes]:
+        """The picture as a tensor; the label still as bytes."""
         picture = image.astype(np.float32)
         if self.augmentation is None:
-            return to_tensors(*fit(picture, label, self.size))
-        return to_tensors(*augment(picture, label, self.size, self.augmentation, source))
+            picture, label = fit(picture, label, self.size)
+        else:
+            picture, label = augment(picture, label, self.size, self.augmentation, source)
+        return to_tensors(picture, label)[0], label
+
+    def _require_enough_supports(self) -> None:
+        split = self.split
+        files_of_class = {class_id: set(files) for class_id, files in split.files_of_class.items()}
+        for index, entry in enumerate(split.entries):
+            for class_id in self.candidate_classes(index):
+                files = files_of_class[class_id]
+                if len(files) - (index in files) < self.shots:
+                    raise ValueError(
+                        f"class {class_id} ({split.class_names[class_id]}) has {len(files)} usable pictures in "
+                        f"{split.list_file}; {self.shots}-shot episodes need {self.shots} besides the query {entry.image}"
+                    )
 
 
-def _require_enough_supports(split: Split, shots: int) -> None:
-    files_of_class = {class_id: set(files) for class_id, files in split.files_of_class.items()}
-    for index, entry in enumerate(split.entries):
-        for class_id in entry.present_classes:
-            files = files_of_class[class_id]
-            if len(files) - (index in files) < shots:
-                raise ValueError(
-                    f"class {class_id} ({split.class_names[class_id]}) has {len(files)} usable pictures in "
-                    f"{split.list_file}; {shots}-shot episodes need {shots} besides the query {entry.image}"
-                )
+def _class_first(class_id: int) -> Bytes:
+    """Table that exchanges the values `class_id` and 1, its own inverse."""
+    values = np.arange(256, dtype=np.uint8)
+    values[[1, class_id]] = class_id, 1
+    return values
 
 
-def _generator(purpose: str, *numbers: int) -> random.Random:
-    """A generator of its own for each purpose and numbers: the same on every platform and Python version."""
-    text = "|".join([purpose, *map(str, numbers)])
-    return random.Random(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little"))
+def _episode_label(classes: Bytes) -> Bytes:
+    """1 the episode's class (which stands as 1 already), 255 void, 0 all else."""
+    values = np.zeros(256, np.uint8)
+    values[1], values[VOID] = 1, VOID
+    return np.asarray(cv2.LUT(classes, values), np.uint8)
 
 
-def _permutation(length: int, source: random.Random) -> list[int]:
-    """A uniform permutation. `random()` alone is drawn: of Python's generator, only its stream is promised to stay."""
-    keys = [source.random() for _ in range(length)]
-    return sorted(range(length), key=keys.__getitem__)
+def _label_tensor(label: Bytes) -> Tensor:
+    return torch.from_numpy(label.astype(np.int64))

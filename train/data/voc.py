@@ -44,7 +44,10 @@ def pascal_fold(index: int) -> Fold:
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture of a split: paths as in the list file, and the split's classes in its label, however small."""
+    """One picture of a split: paths as in the list file, and the split's classes in its label, however small.
+
+    In a split of a whole list (`VOCFolder.whole`) all classes of the data set in its label.
+    """
 
     image: str
     label: str
@@ -55,7 +58,8 @@ class Entry:
 class Split:
     """The pictures that episodes of `class_ids` draw from, in the order of the list file.
 
-    `files_of_class[c]` are the indices of the entries in which class c covers at least `MINIMUM_CLASS_PIXELS`.
+    `files_of_class[c]` are the indices of the entries in which class c covers at least `MINIMUM_CLASS_PIXELS` (in a
+    split of a whole list: one pixel).
     """
 
     root: Path
@@ -127,6 +131,30 @@ class VOCFolder:
             class_ids=wanted,
             entries=tuple(entries),
             files_of_class={c: tuple(files) for c, files in files_of_class.items()},
+        )
+
+    def whole(self, list_file: str | Path, class_ids: Iterable[int]) -> Split:
+        """Every picture of `list_file`, whatever it shows and however small: no area rule, nothing left out.
+
+        `present_classes` of an entry and `class_names` are here of all classes of the data set; `files_of_class` are
+        kept for `class_ids` and hold every picture that shows the class at all. Raises like `split`.
+        """
+        wanted = self._known_classes(class_ids, "class_ids")
+        path = self.root / list_file
+        pairs = _read_list(path)
+        entries = tuple(
+            Entry(image, label, tuple(sorted(pixels)))
+            for (image, label), pixels in zip(pairs, self._scan(path, pairs), strict=True)
+        )
+        return Split(
+            root=self.root,
+            list_file=path,
+            class_names=dict(self.classes),
+            class_ids=wanted,
+            entries=entries,
+            files_of_class={
+                c: tuple(index for index, entry in enumerate(entries) if c in entry.present_classes) for c in wanted
+            },
         )
 
     def _known_classes(self, class_ids: Iterable[int], argument: str) -> tuple[int, ...]:

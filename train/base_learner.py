@@ -1,0 +1,93 @@
+"""BAM's first stage (Lang et al. 2022, section 4.1): a base learner on whole pictures under base labels, as the engine's task;
+and how its result is found again. Knows no episode."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from svf_fast.train.backbones.weights import read_state
+from svf_fast.train.batches import SampleKey, load_ahead
+from svf_fast.train.checkpoint import CheckpointError, load_checkpoint
+from svf_fast.train.config import BASE_LEARNER
+from svf_fast.train.data.base_labels import BaseBatch, BasePictures, stack
+from svf_fast.train.label_metrics import BaseMetrics
+from svf_fast.train.methods import Losses, PSPNet
+from svf_fast.train.tasks import Judgement, Watch
+
+
+@dataclass(frozen=True)
+class BaseTask:
+    """Segmentation of the base classes, judged on every validation picture once, at the input's size; ``batch``
+    pictures at a time. ``class_names`` are those of the base classes, in the order of their labels."""
+
+    training: BasePictures
+    validation: BasePictures
+    class_names: tuple[str, ...]
+    batch: int
+
+    @property
+    def judged(self) -> int:
+        return len(self.validation)
+
+    def load(self, keys: Iterable[tuple[SampleKey, ...]], workers: int) -> Generator[BaseBatch, None, None]:
+        return load_ahead(self.training.picture, stack, keys, workers=workers)
+
+    def losses(self, method: PSPNet, batch: BaseBatch) -> Losses:
+        return method.losses(batch.images, batch.labels)
+
+    def judge(self, method: PSPNet, *, workers: int, device: torch.device, watch: Watch) -> Judgement:
+        """mIoU over all base classes, background left out; the method comes back in the mode it was in."""
+        metrics = BaseMetrics(len(self.class_names))
+        indices = range(self.judged)
+        keys = [tuple((0, i) for i in indices[start : start + self.batch]) for start in indices[:: self.batch]]
+        was_training = method.training
+        method.eval()
+        done = 0
+        try:
+            loading = load_ahead(self.validation.picture, stack, keys, workers=workers)
+            with torch.no_grad(), closing(loading) as batches:
+                for batch in batches:
+                    metrics.update(method(batch.images.to(device)).argmax(dim=1), batch.labels)
+                    done += len(batch.labels)
+                    watch(done, self.judged)
+        finally:
+            method.train(was_training)
+        return Judgement(
+            metrics.miou,
+            {
+                "miou": metrics.miou,
+                "class_iou": dict(zip(self.class_names, metrics.class_iou, strict=True)),
+                "pictures": self.judged,
+            },
+            f"validation mIoU over {len(self.class_names)} base classes {metrics.miou:.4f}",
+        )
+
+
+def base_learner_state(path: str | Path, fold: int) -> dict[str, Tensor]:
+    """The tensors of a base learner: from a checkpoint of ``svf-fast train-base``, or from a weight file of BAM's code.
+
+    FileNotFoundError when there is none; ValueError when the file is neither, or was trained on another fold's base
+    classes, as far as it tells.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_state(path)
+    try:
+        checkpoint = load_checkpoint(path)
+    except CheckpointError:
+        return read_state(path)
+    name = checkpoint.config.get("method", {}).get("name")
+    if name != BASE_LEARNER:
+        raise CheckpointError(f"{path} is a checkpoint of the method {name!r}, expected one of svf-fast train-base")
+    trained_on = checkpoint.config["data"]["fold"]
+    if trained_on != fold:
+        raise CheckpointError(
+            f"{path} is a base learner of fold {trained_on}, expected one of fold {fold}: its base classes are others"
+        )
+    return checkpoint.method

@@ -1,0 +1,91 @@
+"""What the two stages of training differ in, as the engine sees it: which samples there are, how a batch becomes a loss,
+and how the model is judged. Here the protocol and the few-shot methods' task; the base learner's has its own file."""
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from svf_fast.train.batches import EpisodeSource, SampleKey, TrainingSource, load_ahead
+from svf_fast.train.data.episodes import EpisodeBatch, collate
+from svf_fast.train.methods import Losses, MetaLearner
+from svf_fast.train.validation import validate
+
+Watch = Callable[[int, int], None]  # how many of how many are done; what it raises ends the validation
+
+
+class DeviceBatch(Protocol):
+    """Samples stacked, which a device can take."""
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A validation's outcome: ``miou`` decides which model is best, ``values`` go to the log, ``sentence`` to people."""
+
+    miou: float
+    values: dict[str, Any]
+    sentence: str
+
+
+class Task(Protocol):
+    """One stage's training. ``judged`` is how many samples a validation looks at."""
+
+    @property
+    def training(self) -> TrainingSource: ...
+
+    @property
+    def judged(self) -> int: ...
+
+    def load(self, keys: Iterable[tuple[SampleKey, ...]], workers: int) -> Generator[DeviceBatch, None, None]: ...
+
+    def losses(self, method: nn.Module, batch: Any) -> Losses: ...
+
+    def judge(self, method: nn.Module, *, workers: int, device: torch.device, watch: Watch) -> Judgement: ...
+
+
+@dataclass(frozen=True)
+class EpisodeTask:
+    """Meta-training on episodes of the base classes, judged on ``episodes`` episodes of the novel ones under ``seed``.
+    ``class_names`` are those of the novel classes, by id."""
+
+    training: EpisodeSource
+    validation: EpisodeSource
+    class_names: dict[int, str]
+    episodes: int
+    seed: int
+
+    @property
+    def judged(self) -> int:
+        return self.episodes
+
+    def load(self, keys: Iterable[tuple[SampleKey, ...]], workers: int) -> Generator[EpisodeBatch, None, None]:
+        return load_ahead(self.training.episode, collate, keys, workers=workers)
+
+    def losses(self, method: MetaLearner, batch: EpisodeBatch) -> Losses:
+        return method.losses(batch)
+
+    def judge(self, method: MetaLearner, *, workers: int, device: torch.device, watch: Watch) -> Judgement:
+        scores = validate(
+            method,
+            self.validation,
+            tuple(self.class_names),
+            episodes=self.episodes,
+            seed=self.seed,
+            workers=workers,
+            device=device,
+            watch=watch,
+        )
+        values: dict[str, Any] = {
+            "miou": scores.miou,
+            "fb_iou": scores.fb_iou,
+            "class_iou": {self.class_names[class_id]: iou for class_id, iou in scores.class_iou.items()},
+            "episodes": scores.episodes,
+            "seed": scores.seed,
+        }
+        if scores.branches is not None:
+            values["branches"] = vars(scores.branches)
+        return Judgement(scores.miou, values, f"validation mIoU {scores.miou:.4f}, FB-IoU {scores.fb_iou:.4f}")
