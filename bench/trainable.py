@@ -89,11 +89,9 @@ def main() -> None:
         strategy = build_strategy(row.strategy, **row.options)
         counts: dict[str, int | None] = {}
         for name, backbone in BACKBONES.items():
-            try:
-                counts[name] = trained(backbone, strategy)
-            except ValueError:
-                # VGG-16 has no 1x1 convolution
-                counts[name] = None
+            # VGG-16 has no 1x1 convolution
+            has_none = name == "VGG-16" and row.options.get("kernel") == "1x1"
+            counts[name] = None if has_none else trained(backbone, strategy)
         rows.append({**row._asdict(), "trains": strategy.trains, "parameters": counts})
         cells = "".join(_cell(count, sizes[name]) for name, count in counts.items())
         print(f"{row.table:<5}  {row.label:<22}{cells}  {strategy.trains}", flush=True)

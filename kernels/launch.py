@@ -4,7 +4,7 @@ addresses it may simplify. Knows strides; no kernel by name, no layer."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +14,10 @@ from svf_fast.backends.kernel_set import Strides, strides_of
 # Arguments whose value is not compiled in: a new picture size costs no compilation.
 PICTURE_SIZES = ("pixels", "plane", "width")
 
-# Compiled kernels by what Triton specialises them on, and more: sizes too, since a key of less takes longer to make.
+# Compiled kernels by what Triton specialises them on, and more: sizes too, since a key of less takes longer to make. Forgotten
+# all at once where sizes never repeat.
 _compiled: dict[tuple[Hashable, ...], Any] = {}
+_MOST_REMEMBERED = 4096
 
 
 def launch(
@@ -34,12 +36,14 @@ def launch(
     key = (kernel.fn, first.get_device(), kinds, numbers, constants, *options.values())
     compiled = _compiled.get(key)
     if compiled is None:
+        if len(_compiled) >= _MOST_REMEMBERED:
+            _compiled.clear()
         _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)
     else:
         compiled[grid](*tensors, *numbers, *constants)
 
 
-@cache
+@lru_cache(_MOST_REMEMBERED)
 def is_uniform(pictures: tuple[int, int, int], channels: int, strides: tuple[Strides, ...]) -> bool:
     """Whether the pixels of (N, H, W) `pictures` are equally far apart in each of the tensors, and what lies between the
     pixels of one tile fits in 32 bits (tiles.rows_of)."""

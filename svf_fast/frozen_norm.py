@@ -122,8 +122,9 @@ class FrozenAffine(FrozenNorm):
         self._check_input_dim(x)
         check(x.shape[1] == self.num_features, f"x must have {self.num_features} channels, got shape {list(x.shape)}")
         channels = (1, -1) + (1,) * (x.ndim - 2)
-        scale, shift = (t.to(x.dtype).view(channels) for t in self.scale_and_shift())
-        return x * scale + shift
+        scale, shift = (t.view(channels) for t in self.scale_and_shift())
+        # in the statistics' width: rounded to half precision, shift = β − μ · scale would cancel badly
+        return torch.addcmul(shift, x, scale).to(x.dtype)
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
 
 from svf_fast import backends
 from svf_fast.bits import packed_bytes
@@ -179,7 +180,7 @@ def call_conv2d(
     relu: bool, geometry: Geometry, keep_z: str, keep_mask: bool, needs_graph: bool,
 ) -> Tensor:  # fmt: skip
     """y of `svf_fast::conv2d`; without torch's dispatcher, which takes up to 65 µs a call, where nothing watches it."""
-    if torch.compiler.is_compiling() or _is_watched(x, s, residual):
+    if torch.compiler.is_compiling() or _is_watched(x, v, s, u, scale, shift, residual):
         return conv2d(x, v, s, u, scale, shift, residual, relu, *geometry, keep_z, keep_mask)[0]
     if not needs_graph:
         return _forward(x, Layer(v, s, u, scale, shift, geometry, relu), residual, keep_z, keep_mask)[0]
@@ -187,8 +188,9 @@ def call_conv2d(
 
 
 def _is_watched(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a call has to be seen by a tracer, a mode, a function transform or a tensor subclass."""
-    if type(x) not in _PLAIN or x.is_meta:
+    """Whether a call has to be seen by a tracer, a mode, a function transform (batched gradients among them), forward-mode
+    differentiation or a tensor subclass."""
+    if x.is_meta or type(x) not in _PLAIN:
         return True
     for t in others:
         if t is not None and type(t) not in _PLAIN:
@@ -197,6 +199,8 @@ def _is_watched(x: Tensor, *others: Tensor | None) -> bool:
         _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
         or _C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _C._functorch.is_legacy_batchedtensor(x)
         or _C._get_tracing_state() is not None
     )
 

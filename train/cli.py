@@ -25,7 +25,7 @@ from svf_fast.train.runs import Evaluation, GeneralisedEvaluation, evaluate, eva
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 # What the table of an evaluation says below its classes, and the field of the scores it is taken from.
-ROWS = {"mIoU": "miou", "FB-IoU": "fb_iou"}
+ROWS = {"mIoU": "miou", "FB-IoU": "fb_iou", "foreground IoU": "foreground_iou"}
 BRANCH_ROWS = {
     "meta branch mIoU": "branches.meta_miou",
     "meta branch FB-IoU": "branches.meta_fb_iou",

@@ -130,6 +130,11 @@ class FewShotMetrics:
         return sum(self.class_iou.values()) / len(self.counts)
 
     @property
+    def foreground_iou(self) -> float:
+        """IoU of the classes asked for, from sums over all episodes: the "pIoU" of BAM's code."""
+        return self.total.iou(1)
+
+    @property
     def fb_iou(self) -> float:
         """Mean of background and foreground IoU, both from sums over all episodes (not a mean of per-class values)."""
         return (self.total.iou(0) + self.total.iou(1)) / _LABELS

@@ -7,6 +7,7 @@ from typing import Literal
 from svf_fast.train.methods.bam import FinalLoss, TrainingBaseMap
 from svf_fast.train.methods.baseline import ShotReduction
 from svf_fast.train.methods.meta_learner import BNMode, PriorLayer, PriorMasking, Recompute
+from svf_fast.train.methods.pfenet import BINS_IN_WORDS, is_bin
 from svf_fast.train.schema import require
 
 BASE_LEARNER = "pspnet"  # the one method.name of a base learner
@@ -15,6 +16,7 @@ BackboneInit = Literal["imagenet", "base_learner"]
 METHODS_WITH_OPTION = {
     "backbone_init": ("baseline", "pfenet"),
     "shot_reduction": ("baseline",),
+    "train_down_query": ("baseline",),
     "bins": ("pfenet",),
     "kshot_trans_dim": ("bam",),
     "base_dropout": ("bam",),
@@ -39,6 +41,7 @@ class MethodConfig:
     base_learner: str | None = None  # checkpoint of svf-fast train-base, or of BAM's code
     backbone_init: BackboneInit | None = None  # baseline, pfenet; bam's backbone is always the base learner's
     shot_reduction: ShotReduction | None = None  # baseline: the released code sums, the default is the mean
+    train_down_query: bool | None = None  # baseline: the released code's optimiser leaves it out
     bins: tuple[float, ...] | None = None  # pfenet: sides of its pyramid, or up to 1 shares of the map's side
     kshot_trans_dim: int | None = None  # bam: hidden width of the shots' weighting, 0 weighs them alike at first
     base_dropout: bool | None = None  # bam: whether dropout stays active in the frozen base learner (yes)
@@ -56,8 +59,8 @@ class MethodConfig:
         require(
             self,
             "bins",
-            self.bins is None or (self.bins and all(b > 0 and (b <= 1 or b == int(b)) for b in self.bins)),
-            "at least one whole number above 1 or share between 0 and 1",
+            self.bins is None or (len(self.bins) > 0 and all(map(is_bin, self.bins))),
+            BINS_IN_WORDS,
         )
         require(
             self, "kshot_trans_dim", self.kshot_trans_dim is None or self.kshot_trans_dim >= 0, "0 or more, or null"

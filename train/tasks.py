@@ -82,6 +82,7 @@ class EpisodeTask:
         values: dict[str, Any] = {
             "miou": scores.miou,
             "fb_iou": scores.fb_iou,
+            "foreground_iou": scores.foreground_iou,
             "class_iou": {self.class_names[class_id]: iou for class_id, iou in scores.class_iou.items()},
             "episodes": scores.episodes,
             "seed": scores.seed,

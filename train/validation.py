@@ -27,6 +27,7 @@ class Scores:
 
     miou: float
     fb_iou: float
+    foreground_iou: float
     class_iou: dict[int, float]
     class_episodes: dict[int, int]
     episodes: int
@@ -107,5 +108,12 @@ def validate(
         method.train(was_training)
     branch_scores = None if branches is None else branches.scores
     return Scores(
-        metrics.miou, metrics.fb_iou, metrics.class_iou, dict(metrics.episodes), episodes, seed, branch_scores
+        miou=metrics.miou,
+        fb_iou=metrics.fb_iou,
+        foreground_iou=metrics.foreground_iou,
+        class_iou=metrics.class_iou,
+        class_episodes=dict(metrics.episodes),
+        episodes=episodes,
+        seed=seed,
+        branches=branch_scores,
     )

@@ -227,3 +227,69 @@ def test_compiled_and_captured_code_sees_one_op(kernels: KernelSet, within: Call
                 None, True, [1, 1], [0, 0], [1, 1], 1, "int8", True,
             ),
         )  # fmt: skip
+
+
+class _Compiled:
+    """Stands for a kernel that Triton has compiled."""
+
+    def __init__(self, launches: list[tuple[Any, ...]]) -> None:
+        self.launches = launches
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *arguments: self.launches.append((grid, arguments))
+
+
+class _Kernel:
+    """Stands for Triton's look-up: counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.fn, self.asked, self.launches = object(), 0, list[tuple[Any, ...]]()
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., _Compiled]:
+        def find(*arguments: Any, **options: int) -> _Compiled:
+            self.asked += 1
+            self.launches.append((grid, arguments))
+            return _Compiled(self.launches)
+
+        return find
+
+
+class _OnADevice:
+    """What a launch reads of a tensor on a CUDA device."""
+
+    is_cuda, dtype = True, torch.bfloat16
+
+    def __init__(self, address: int = 0, device: int = 0) -> None:
+        self._address, self._device = address, device
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    def get_device(self) -> int:
+        return self._device
+
+
+def test_a_kernel_is_looked_up_once_for_what_it_is_specialised_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("svf_fast.kernels.launch")
+    monkeypatch.setattr(launch, "_compiled", {})
+    kernel = _Kernel()
+    usual: tuple[Any, ...] = ((3, 1, 1), (_OnADevice(), None), (5, (1, 2)), (True,), {"num_warps": 4})
+    for _ in range(3):
+        launch.launch(kernel, *usual)
+    assert kernel.asked == 1
+    assert [grid for grid, _ in kernel.launches] == [(3, 1, 1)] * 3
+    assert {arguments[1:] for _, arguments in kernel.launches} == {(None, 5, (1, 2), True)}
+    others = (
+        (usual[0], (_OnADevice(8), None), *usual[2:]),
+        (usual[0], (_OnADevice(device=1), None), *usual[2:]),
+        (usual[0], (_OnADevice(), _OnADevice()), *usual[2:]),
+        (*usual[:2], (6, (1, 2)), *usual[3:]),
+        (*usual[:3], (False,), usual[4]),
+        (*usual[:4], {"num_warps": 8}),
+    )
+    for number, other in enumerate(others, start=2):
+        launch.launch(kernel, *other)
+        assert kernel.asked == number
+    monkeypatch.setattr(launch, "_MOST_REMEMBERED", len(launch._compiled))
+    launch.launch(kernel, (1, 1, 1), usual[1], (7,), usual[3], usual[4])
+    assert len(launch._compiled) == 1

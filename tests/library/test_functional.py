@@ -12,6 +12,7 @@ from conv_cases import CASES, EXTRAS, ConvCase, Problem, make_problem, random_ca
 from error_ratio import INT8_DS_TOLERANCE, TOLERANCE, assert_close, error_ratio
 from implementations import IMPLEMENTATIONS
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from svf_fast import functional, reference
 from svf_fast.backends import composed
@@ -411,3 +412,30 @@ def test_linear_of_a_transposed_input() -> None:
     v, s, u = torch.randn(6, 10).double(), torch.rand(6).double() + 1, torch.randn(5, 6).double()
     out = run_linear(x, v, s, u, None, activation="relu", save="exact")
     assert_close(out, run_linear(x.contiguous(), v, s, u, None, activation="relu"), torch.float64)
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_batched_gradients_are_those_one_by_one(save: str) -> None:
+    problem = make_problem(
+        LARGE, torch.float32, {"residual": True, "activation": "relu"}, memory_format=torch.channels_last
+    )
+    inputs = [t.detach().requires_grad_() for t in (problem.x, problem.s, problem.residual) if t is not None]
+    y = functional.svf_conv2d(
+        inputs[0], problem.v, inputs[1], problem.u, residual=inputs[2], save=save, **problem.vectors, **problem.keywords
+    )
+    several = torch.randn(3, *y.shape)
+    batched = torch.autograd.grad(y, inputs, several, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(several):
+        for found, expected in zip(batched, torch.autograd.grad(y, inputs, dy, retain_graph=True), strict=True):
+            torch.testing.assert_close(found[i], expected)
+
+
+@pytest.mark.parametrize("name", ["x", "s", "residual"])
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_forward_mode_is_refused_and_never_silent(name: str, grad_mode: bool) -> None:
+    problem = make_problem(LARGE, torch.float32, {"residual": True}, memory_format=torch.channels_last)
+    tensors = {n: getattr(problem, n) for n in ("x", "v", "s", "u", "residual")}
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad_mode):
+        tensors[name] = forward_ad.make_dual(tensors[name], torch.ones_like(tensors[name]))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            functional.svf_conv2d(**tensors, **problem.vectors, **problem.keywords)

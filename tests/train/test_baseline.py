@@ -9,6 +9,7 @@ from svf_fast.train.backbones import BackboneConfig, build_backbone
 from svf_fast.train.methods import Baseline
 from svf_fast.train.methods.layers import ConcatConvReLU, masked_average, resize
 from svf_fast.train.methods.losses import segmentation_loss
+from svf_fast.train.tuning import build_strategy
 
 
 @pytest.mark.parametrize(("architecture", "middle"), [("resnet", 1536), ("vgg16", 768)])
@@ -74,3 +75,12 @@ def test_a_convolution_of_resized_parts_is_that_of_their_concatenation(size):
 
 def test_an_empty_support_mask_gives_a_zero_prototype():
     assert torch.equal(masked_average(torch.ones(1, 2, 3, 3), torch.zeros(1, 1, 3, 3)), torch.zeros(1, 2, 1, 1))
+
+
+def test_down_query_may_stay_at_its_start_as_in_the_released_code():
+    method = narrow("baseline", train_down_query=False)
+    build_strategy("freeze").apply(method)
+    assert not any(name.startswith("down_query") for name, _ in method.head_parameters())
+    assert not any(parameter.requires_grad for parameter in method.down_query.parameters())
+    method.losses(batch()).total.backward()
+    assert all(parameter.grad is None for parameter in method.down_query.parameters())

@@ -269,8 +269,8 @@ def test_wrong_options_get_a_sentence(name, options, sentence):
     [
         ("baseline", {"shot_reduction": "max"}, "shot_reduction is 'max', expected one of 'mean', 'sum'"),
         ("baseline", {"bins": (60, 30)}, "method 'baseline' has no option 'bins'; it has head_width, aspp_dilations,"),
-        ("pfenet", {"bins": (60, 7.5)}, "bins is [60, 7.5], expected sides above 1 as whole numbers, or ratios"),
-        ("pfenet", {"bins": ()}, "bins is [], expected sides above 1 as whole numbers, or ratios in (0, 1]"),
+        ("pfenet", {"bins": (60, 7.5)}, "bins is [60, 7.5], expected one or more sides above 1 as whole numbers, or ratios"),
+        ("pfenet", {"bins": ()}, "bins is [], expected one or more sides above 1 as whole numbers, or ratios in (0, 1]"),
         ("bam", {"shots": 0}, "base_classes is 5 and shots is 0, expected at least 1 of each"),
         ("bam", {"kshot_trans_dim": -1}, "kshot_trans_dim is -1, expected a width, or 0 for no hidden layer"),
     ],

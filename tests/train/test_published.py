@@ -5,11 +5,12 @@ import re
 import pytest
 import torch
 from method_cases import OPTIONS, narrow, narrow_backbone
+from safetensors.torch import save_file
 from torch import Tensor
 
 from svf_fast.train.backbones import load_backbone_weights
 from svf_fast.train.methods import load_published
-from svf_fast.train.methods.pspnet import PSPNet
+from svf_fast.train.methods.pspnet import PSPNet, load_base_learner
 
 
 def disturbed(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,3 +71,34 @@ def test_an_unknown_part_of_a_checkpoint_is_not_passed_by(tmp_path):
     torch.save(state, tmp_path / "method.pth")
     with pytest.raises(ValueError, match=r"superfluous: transformer\.weight$"):
         load_backbone_weights(narrow_backbone(), tmp_path / "method.pth")
+
+
+def test_two_copies_of_one_key_are_refused():
+    state = narrow("pfenet").state_dict()
+    state["module.res1.0.weight"] = state["res1.0.weight"]
+    with pytest.raises(ValueError, match=r"^a state dict has keys with and without 'module\.': res1\.0\.weight$"):
+        load_published(narrow("pfenet"), state)
+
+
+def test_integers_are_no_weights():
+    state = narrow("pfenet").state_dict()
+    state["res1.0.weight"] = state["res1.0.weight"].to(torch.int8)
+    with pytest.raises(ValueError, match=r"of another kind: res1\.0\.weight$"):
+        load_published(narrow("pfenet"), state)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_values_that_are_not_finite_are_refused_in_either_format(suffix, tmp_path):
+    path = tmp_path / f"weights.{suffix}"
+    state = {key: t.clone() for key, t in narrow_backbone().state_dict().items()}
+    state["layer1.0.conv1.weight"][0] = torch.nan
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    with pytest.raises(ValueError, match=r"holds values that are not finite: layer1\.0\.conv1\.weight$"):
+        load_backbone_weights(narrow_backbone(), path)
+
+
+def test_aliases_of_a_base_learner_that_differ_are_refused():
+    state = PSPNet(narrow_backbone(), classes=3).state_dict()
+    state["encoder.1.0.conv1.weight"] = state["layer1.0.conv1.weight"] + 1
+    with pytest.raises(ValueError, match=r"hold layer1\.0\.conv1\.weight and encoder\.1\.0\.conv1\.weight, two copies"):
+        load_base_learner(PSPNet(narrow_backbone(), classes=3), state)

@@ -18,7 +18,14 @@ from svf_fast.train.backbones import BackboneConfig
 from svf_fast.train.methods import MetaLearner
 from svf_fast.train.tuning import base, build_strategy
 from svf_fast.train.tuning.expressions import random_rotation
-from svf_fast.train.tuning.lean import FixedNorm2d, FrozenConv2d, MaskedReLU
+from svf_fast.train.tuning.lean import (
+    FixedNorm2d,
+    FrozenConv2d,
+    Geometry,
+    MaskedReLU,
+    TiledMaxPool2d,
+    keep_less_of_pools,
+)
 
 # 1x1 to more channels and to fewer, 3x3 with a stride and dilated
 CONVOLUTIONS = ["layer2.0.conv1", "layer2.0.conv2", "layer2.0.conv3", "layer2.0.downsample.0", "layer3.0.conv2"]
@@ -53,7 +60,7 @@ def by_scaled_factors(weight: Tensor, layer: Any) -> Tensor:
         (Case("svf", {"subspaces": ("V",)}), by_factors, "v"),
         (Case("rotated_svf", {}), by_factors, "s"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize(
     ("config", "names"), [(RESNET, CONVOLUTIONS), (VGG, ["layer2.0", "layer3.3"])], ids=["resnet", "vgg"]
@@ -103,6 +110,7 @@ def gradients(case: Case, config: BackboneConfig, **options: Any) -> dict[str, T
 def leave_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strategies without what `lean` saves."""
     monkeypatch.setattr(base, "keep_less", lambda stage: None)
+    monkeypatch.setattr(base, "keep_less_of_pools", lambda stage: None)
     monkeypatch.setattr("svf_fast.train.tuning.singular.keep_less", lambda stage: None)
 
 
@@ -145,7 +153,8 @@ def bytes_kept(case: Case) -> int:
         (Case("left_scaling", {}), 0.45),
         (Case("right_scaling", {}), 0.70),
         (Case("rotated_scaling", {}), 0.45),
-        (Case("adapter", {}), 0.55),
+        (Case("adapter", {}), 0.35),
+        (Case("full", {"kernel": "3x3"}), 0.45),
     ],
     ids=str,
 )
@@ -230,3 +239,65 @@ def test_an_adapter_is_a_residual_of_two_1x1_convolutions() -> None:
     torch.testing.assert_close(adapter(x), x)
     nn.init.normal_(up.get_parameter("weight"))
     torch.testing.assert_close(adapter(x), x + up(F.relu(down(x))))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (1, 5), (7, 10)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("ceil_mode", [True, False])
+def test_a_tiled_pool_is_torchs_and_keeps_a_byte(size: tuple[int, int], layout: Any, ceil_mode: bool) -> None:
+    if min(size) < 2 and not ceil_mode:
+        pytest.skip("no window fits")
+    x = torch.randn(2, 6, *size, dtype=torch.float64).contiguous(memory_format=layout)
+    # ties
+    x[0, 0] = 1.0
+    x.requires_grad_()
+    stock, ours = nn.MaxPool2d(2, 2, ceil_mode=ceil_mode), nn.MaxPool2d(2, 2, ceil_mode=ceil_mode)
+    keep_less_of_pools(ours)
+    expected, y = stock(x), ours(x)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    (dx,), (wanted,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy)
+    torch.testing.assert_close(dx, wanted, rtol=0, atol=0)
+    assert kept_bytes(lambda: ours(x), owned=[x]) == y.numel()
+
+
+def test_a_tuned_vgg_keeps_no_pools_input() -> None:
+    method = tiny_method(config=VGG)
+    Case("svf", {}).build().apply(method)
+    pools = [m for stage in ("layer2", "layer3") for m in method.get_submodule(stage).modules()]
+    assert sum(isinstance(pool, TiledMaxPool2d) for pool in pools) == 2
+
+
+def test_half_precision_is_no_worse_than_twice_batch_norms_own() -> None:
+    norm = nn.BatchNorm2d(64).eval()
+    # means far from zero, as after a ReLU
+    nn.init.normal_(norm.running_mean, 16.0)
+    nn.init.normal_(norm.weight, 1.0, 0.2)
+    x = (16 + torch.randn(2, 64, 9, 9)).bfloat16()
+    exact = F.batch_norm(
+        x.double(), norm.running_mean.double(), norm.running_var.double(), norm.weight.double(), norm.bias.double()
+    )
+    stock = (norm(x).double() - exact).norm()
+    norm.__class__ = FixedNorm2d
+    assert (norm(x).double() - exact).norm() <= 2 * stock
+
+
+def test_factors_keep_the_width_of_the_activations() -> None:
+    method = tiny_method()
+    Case("left_scaling", {}).build().apply(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert method.get_submodule("layer2.0.conv1")(torch.randn(1, 16, 5, 5)).dtype == torch.bfloat16
+
+
+def test_a_reflecting_convolution_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"in mode 'reflect', expected numbers and 'zeros'$"):
+        Geometry.of(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"))
+
+
+def test_a_second_strategy_is_refused() -> None:
+    method = tiny_method()
+    Case("svf", {}).build().apply(method)
+    with pytest.raises(
+        ValueError, match=r"^tuning strategy 'svf' is applied already, expected an untuned method for 'full'$"
+    ):
+        Case("full", {}).build().apply(method)

@@ -5,6 +5,7 @@ have) are passed by. Knows no method."""
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,11 +45,10 @@ def load_backbone_weights(backbone: nn.Module, path: str | Path) -> None:
     Raises FileNotFoundError, or ValueError when the file cannot be read, or when keys or shapes are not exactly those
     of the backbone; the backbone is then unchanged.
     """
-    path = Path(path)
-    state = plain_keys(read_state(path))
-    if _has_own_layout(state):
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(FEW_SHOT_PREFIXES)}
-    load_backbone_state(backbone, state, source=str(path))
+    state, name = state_of(path)
+    passed_by = CLASSIFIER_PREFIXES + (FEW_SHOT_PREFIXES if _has_own_layout(state) else ())
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(passed_by)}
+    load_backbone_state(backbone, state, source=name)
 
 
 def load_backbone_state(
@@ -69,7 +69,12 @@ def load_backbone_state(
     ]
     problems = [
         f"{what}: {_some(keys)}"
-        for what, keys in (("missing", missing), ("superfluous", superfluous), ("of another shape", misshapen))
+        for what, keys in (
+            ("missing", missing),
+            ("superfluous", superfluous),
+            ("of another shape", misshapen),
+            ("of another kind", [key for key in own if key in mapped and _kind(mapped[key]) != _kind(own[key])]),
+        )
         if keys
     ]
     if problems:
@@ -81,26 +86,32 @@ def load_backbone_state(
 
 
 def backbone_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` under this project's keys (``layer0.0.weight`` …), classifiers left out. Unknown keys stay as they
-    are."""
+    """``state`` under this project's keys (``layer0.0.weight`` …). Unknown keys stay as they are."""
     state = plain_keys(state)
     rename = _renaming(state)
-    return {rename(key): tensor for key, tensor in state.items() if not key.startswith(CLASSIFIER_PREFIXES)}
+    return {rename(key): tensor for key, tensor in state.items()}
 
 
 def plain_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` without the prefix of keys that were written under DataParallel or DDP."""
-    return {key.removeprefix(DATA_PARALLEL_PREFIX): tensor for key, tensor in state.items()}
+    """``state`` without the prefix of keys that were written under DataParallel or DDP. ValueError where a key stands
+    there with and without it."""
+    plain = {key.removeprefix(DATA_PARALLEL_PREFIX): tensor for key, tensor in state.items()}
+    if len(plain) < len(state):
+        twice = [key for key in state if DATA_PARALLEL_PREFIX + key in state]
+        raise ValueError(f"a state dict has keys with and without {DATA_PARALLEL_PREFIX!r}: {_some(twice)}")
+    return plain
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file; a file that wraps them in ``{"state_dict": …}`` is opened up."""
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}")
+    content: Any
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         # PyTorch's own text advises to load the file without protection: not to be passed on
         raise ValueError(f"{path} is not a complete PyTorch or safetensors file of tensors") from error
@@ -114,6 +125,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if broken:
         raise ValueError(f"{path} holds values that are not finite: {_some(broken)}")
     return dict(content)
+
+
+def state_of(source: Mapping[str, Tensor] | str | Path) -> tuple[dict[str, Tensor], str]:
+    """A state dict given as it is or as a file, without prefixes, and what to call it in errors."""
+    if isinstance(source, Mapping):
+        return plain_keys(source), "the state dict"
+    return plain_keys(read_state(Path(source))), str(source)
 
 
 def _renaming(state: Mapping[str, Tensor]) -> Callable[[str], str]:
@@ -144,6 +162,10 @@ def _vgg_key(key: str) -> str:
         if start <= index < end:
             return f"{stage}.{index - start}.{parts[2]}"
     return key
+
+
+def _kind(tensor: Tensor) -> str:
+    return "floating point" if tensor.is_floating_point() else "integers"
 
 
 def _some(keys: list[str], shown: int = 4) -> str:

@@ -21,6 +21,7 @@ from svf_fast.train.methods.meta_learner import (
     Recompute,
     keep_running_statistics,
     require_choice,
+    require_episode,
 )
 from svf_fast.train.methods.prior import CosineForm
 from svf_fast.train.methods.pspnet import base_head, load_base_learner
@@ -62,7 +63,8 @@ class BAM(ASPPLearner):
 
     The base learner (``learner_base``) is frozen and starts at random: fill it, and the backbone, with
     :meth:`load_base_learner`. Its branch sees the query through the backbone as it was before tuning
-    (:meth:`prepare_tuning`), so that base logits never move.
+    (:meth:`prepare_tuning`), so that base logits never move (with ``bn_mode="train"`` BatchNorm's statistics still do, as
+    in the released code).
 
     ``kshot_trans_dim`` is the width inside ``kshot_rw``, which weighs the shots of K > 1; 0 starts it as their mean
     and without a hidden layer. Habits of the released code that may be left out, in training alone: dropout stays
@@ -155,12 +157,11 @@ class BAM(ASPPLearner):
     ) -> BAMSegmentation:
         """As ``outputs``, before the last resize and with what the decision rests on. With ``categories`` [B] int64
         the base map leaves out the base class at that position (training); without, it holds all (evaluation)."""
+        require_episode(support_images, support_labels, len(query_image), shots=self.shots)
         features = self.query_features(query_image, tap=self._stage_before_copies())
         base = self._base_logits(query_image if features.tapped is None else features.tapped, features)
         query = self.query_middle(features)
         shots = self.support_shots(support_images, support_labels, features)
-        if len(shots.prototypes) != self.shots:
-            raise ValueError(f"support_images has {len(shots.prototypes)} shots, expected {self.shots}")
 
         # the adjustment factor: how far the supports' style is from the query's
         (support_cosines,) = shots.others

@@ -10,7 +10,14 @@ from svf_fast.train.backbones import Backbone
 from svf_fast.train.methods.aspp_learner import ASPPLearner
 from svf_fast.train.methods.layers import resize
 from svf_fast.train.methods.losses import Losses, TrainingBatch, segmentation_loss
-from svf_fast.train.methods.meta_learner import BNMode, PriorLayer, PriorMasking, Recompute, require_choice
+from svf_fast.train.methods.meta_learner import (
+    BNMode,
+    PriorLayer,
+    PriorMasking,
+    Recompute,
+    require_choice,
+    require_episode,
+)
 from svf_fast.train.methods.prior import CosineForm
 from svf_fast.train.seeding import seeded_initialisation
 
@@ -31,7 +38,8 @@ class Baseline(ASPPLearner):
     """The SVF paper's baseline on any backbone; the stages become part of the model as they are (not copied).
 
     ``shot_reduction="sum"`` repeats the released code, which adds the shots' prototypes and priors where PFENet
-    averages them. ``head_width`` (256) and ``aspp_dilations`` are the published sizes. For the other options see
+    averages them, and ``train_down_query=False`` its optimiser, which leaves ``down_query`` at its random start.
+    ``head_width`` (256) and ``aspp_dilations`` are the published sizes. For the other options see
     :class:`MetaLearner`. The head's random weights depend on ``seed`` only; dropout draws from PyTorch's global
     generator, as its layers do.
     """
@@ -44,6 +52,7 @@ class Baseline(ASPPLearner):
         aspp_dilations: Sequence[int] = (6, 12, 18),
         prior_layer: PriorLayer = "layer4",
         shot_reduction: ShotReduction = "mean",
+        train_down_query: bool = True,
         recompute: Recompute = "none",
         cosine: CosineForm = "streaming",
         bn_mode: BNMode = "eval",
@@ -62,6 +71,8 @@ class Baseline(ASPPLearner):
         with seeded_initialisation(seed):
             self.build_head(head_width, aspp_dilations)
         self.shot_reduction = shot_reduction
+        self.down_query.requires_grad_(train_down_query)
+        self.train_down_query = train_down_query
         self.train(self.training)
 
     def forward(self, query_image: Tensor, support_images: Tensor, support_labels: Tensor) -> Tensor:
@@ -76,12 +87,16 @@ class Baseline(ASPPLearner):
 
     def segment(self, query_image: Tensor, support_images: Tensor, support_labels: Tensor) -> Segmentation:
         """As ``forward``, before the last resize and with what the decision rests on."""
+        require_episode(support_images, support_labels, len(query_image))
         features = self.query_features(query_image)
         query = self.query_middle(features)
         shots = self.support_shots(support_images, support_labels, features)
         prototype = self._over_shots(shots.prototypes)
         prior = self._over_shots(shots.priors)
         return Segmentation(self.decide(query, prototype, prior), query, prototype, prior)
+
+    def frozen_modules(self) -> tuple[str, ...]:
+        return () if self.train_down_query else ("down_query",)
 
     def _over_shots(self, per_shot: Tensor) -> Tensor:
         """[K, B, ...] -> [B, ...]."""

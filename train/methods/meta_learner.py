@@ -94,6 +94,8 @@ class MetaLearner(nn.Module, ABC):
         self.bn_mode = bn_mode
         self.prior_masking = prior_masking
         self.middle_dropout = nn.Dropout2d(0.5, inplace=True)
+        # name of the tuning strategy that has been applied
+        self.tuned_by: str | None = None
 
     @abstractmethod
     def forward(self, query_image: Tensor, support_images: Tensor, support_labels: Tensor) -> Tensor:
@@ -140,7 +142,6 @@ class MetaLearner(nn.Module, ABC):
         All supports of the batch are one batch for the backbone, unless they are recomputed or their statistics are
         BatchNorm's.
         """
-        require_episode(images, labels, query.high.shape[0])
         images = images.transpose(0, 1)  # [K, B, 3, S, S]: a shot's results lie together
         masks = support_mask(labels.transpose(0, 1), images.dtype)  # [K, B, 1, S, S]
         rebuild = self.recompute != "none" and torch.is_grad_enabled()
@@ -217,12 +218,14 @@ def require_choice(name: str, value: object, choices: tuple[object, ...]) -> Non
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def require_episode(images: Tensor, labels: Tensor, batch: int) -> None:
-    """ValueError unless these are the supports of ``batch`` queries."""
+def require_episode(images: Tensor, labels: Tensor, batch: int, *, shots: int | None = None) -> None:
+    """ValueError unless these are the supports of ``batch`` queries, ``shots`` each where that is given."""
     if images.dim() != 5 or images.shape[0] != batch or images.shape[1] == 0 or images.shape[2] != 3:
         raise ValueError(
             f"support_images is {list(images.shape)}, expected [{batch}, K, 3, S, S] with at least one shot"
         )
+    if shots is not None and images.shape[1] != shots:
+        raise ValueError(f"support_images has {images.shape[1]} shots, expected {shots}")
     expected = [*images.shape[:2], *images.shape[3:]]
     if list(labels.shape) != expected:
         raise ValueError(f"support_labels is {list(labels.shape)}, expected {expected} to match support_images")

@@ -12,9 +12,18 @@ from torch.nn import functional as F
 from svf_fast.train.backbones import Backbone
 from svf_fast.train.methods.layers import ConcatConvReLU, classifier, residual_pair, resize
 from svf_fast.train.methods.losses import Losses, TrainingBatch, segmentation_loss
-from svf_fast.train.methods.meta_learner import BNMode, MetaLearner, PriorLayer, PriorMasking, Recompute
+from svf_fast.train.methods.meta_learner import (
+    BNMode,
+    MetaLearner,
+    PriorLayer,
+    PriorMasking,
+    Recompute,
+    require_episode,
+)
 from svf_fast.train.methods.prior import CosineForm
 from svf_fast.train.seeding import seeded_initialisation
+
+BINS_IN_WORDS = "one or more sides above 1 as whole numbers, or ratios in (0, 1]"
 
 
 class PFENetSegmentation(NamedTuple):
@@ -26,6 +35,11 @@ class PFENetSegmentation(NamedTuple):
     query: Tensor
     prototype: Tensor
     prior: Tensor
+
+
+def is_bin(value: float) -> bool:
+    """Whether a pyramid's scale may be given so."""
+    return 0 < value <= 1 or (value > 1 and float(value).is_integer())
 
 
 class PFENet(MetaLearner):
@@ -50,8 +64,8 @@ class PFENet(MetaLearner):
         prior_masking: PriorMasking = "twice",
         seed: int = 0,
     ) -> None:
-        if not bins or not all(0 < value <= 1 or value == int(value) > 0 for value in bins):
-            raise ValueError(f"bins is {list(bins)}, expected sides above 1 as whole numbers, or ratios in (0, 1]")
+        if not bins or not all(is_bin(value) for value in bins):
+            raise ValueError(f"bins is {list(bins)}, expected {BINS_IN_WORDS}")
         super().__init__(
             backbone,
             prior_layer=prior_layer,
@@ -100,6 +114,7 @@ class PFENet(MetaLearner):
         self, query_image: Tensor, support_images: Tensor, support_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The query's middle features, prototype and prior, these two averaged over the shots."""
+        require_episode(support_images, support_labels, len(query_image))
         features = self.query_features(query_image)
         query = self.query_middle(features)
         shots = self.support_shots(support_images, support_labels, features)

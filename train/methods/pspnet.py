@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from svf_fast.train.backbones import Backbone
-from svf_fast.train.backbones.weights import load_backbone_state, plain_keys, read_state
+from svf_fast.train.backbones.weights import load_backbone_state, state_of
 from svf_fast.train.methods.layers import convolve_parts, resize
 from svf_fast.train.methods.losses import Losses, segmentation_loss
 from svf_fast.train.seeding import seeded_initialisation
@@ -107,13 +107,11 @@ def load_base_learner(base_learner: nn.Module, source: Mapping[str, Tensor] | st
     Raises FileNotFoundError, or ValueError when the file cannot be read, or when keys or shapes are not exactly those
     of the module, which is then unchanged.
     """
-    if isinstance(source, Mapping):
-        state, name = dict(source), "the state dict"
-    else:
-        state, name = read_state(Path(source)), str(source)
-    plain = plain_keys(state)
-    mapped = {key: tensor for key, tensor in plain.items() if not key.startswith(ALIAS)}
-    for key, tensor in plain.items():
-        if key.startswith(ALIAS):
-            mapped.setdefault(f"layer{key.removeprefix(ALIAS)}", tensor)
+    state, name = state_of(source)
+    mapped = {key: tensor for key, tensor in state.items() if not key.startswith(ALIAS)}
+    for alias, tensor in state.items():
+        if alias.startswith(ALIAS):
+            key = f"layer{alias.removeprefix(ALIAS)}"
+            if not torch.equal(mapped.setdefault(key, tensor), tensor):
+                raise ValueError(f"weights in {name} hold {key} and {alias}, two copies of one tensor, and they differ")
     load_backbone_state(base_learner, mapped, source=name, owner="base learner")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from svf_fast.train.backbones.weights import load_backbone_state, read_state
+from svf_fast.train.backbones.weights import load_backbone_state, state_of
 from svf_fast.train.methods.meta_learner import MetaLearner
 
 
@@ -16,8 +16,5 @@ def load_published(method: MetaLearner, source: Mapping[str, Tensor] | str | Pat
     Raises FileNotFoundError, or ValueError when the file cannot be read, or when keys or shapes are not exactly those
     of the method, naming what is missing and what is superfluous; the method is then unchanged.
     """
-    if isinstance(source, Mapping):
-        state, name = source, "the state dict"
-    else:
-        state, name = read_state(Path(source)), str(source)
+    state, name = state_of(source)
     load_backbone_state(method, state, source=name, owner=type(method).__name__)

@@ -10,7 +10,7 @@ from torch import nn
 
 import svf_fast
 from svf_fast.train.methods import MetaLearner
-from svf_fast.train.tuning.lean import keep_less
+from svf_fast.train.tuning.lean import keep_less, keep_less_of_pools
 
 StageName = Literal["layer0", "layer1", "layer2", "layer3", "layer4"]
 ALL_STAGES: tuple[StageName, ...] = ("layer0", "layer1", "layer2", "layer3", "layer4")
@@ -53,13 +53,19 @@ class Strategy(ABC):
 
     def apply(self, method: MetaLearner) -> None:
         """Make exactly the right parameters trainable, converting modules in place where the strategy needs it. One
-        strategy a method; load backbone weights before, build optimisers after. ValueError, before anything is
-        changed, where the strategy does not fit the method."""
+        strategy a method; load backbone weights before, build optimisers after. ValueError where the strategy does not
+        fit the method or another one is applied already, before anything is changed, and where a weight is not finite
+        (then the method is of no more use)."""
+        if method.tuned_by is not None:
+            raise ValueError(
+                f"tuning strategy {method.tuned_by!r} is applied already, expected an untuned method for {self.name!r}"
+            )
         if method.bn_mode == "train" and not self.takes_moving_statistics:
             raise ValueError(
                 f"bn_mode is 'train', expected 'eval': tuning strategy {self.name!r} keeps BatchNorm on its running statistics"
             )
         stages = self.tuned_stages(method)
+        method.tuned_by = self.name
         method.prepare_tuning(stages)
         for stage in method.stages:
             method.get_submodule(stage).requires_grad_(False)
@@ -134,5 +140,7 @@ def _keep_less_from(first: str, method: MetaLearner) -> None:
     """A gradient passes every stage from the first tuned one on. Converted ones keep less already."""
     for stage in method.stages[method.stages.index(first) :]:
         module = method.get_submodule(stage)
-        if not svf_fast.singular_values(module):
+        if svf_fast.singular_values(module):
+            keep_less_of_pools(module)
+        else:
             keep_less(module)

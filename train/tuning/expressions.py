@@ -25,8 +25,9 @@ class LeftScaledConv2d(FrozenConv2d):
     s: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.convolve(x, None) * self.s[:, None, None]
-        return y if self.bias is None else y + self.bias[:, None, None]
+        y = self.convolve(x, None)
+        y = y * self.s.to(y.dtype)[:, None, None]
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
 
 class RightScaledConv2d(nn.Conv2d):
@@ -174,10 +175,11 @@ class _RightScaledConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, s = (tensor.to(gradient.dtype) for tensor in ctx.saved_tensors)
+        x, full_weight, full_s = ctx.saved_tensors
+        x, weight, s = (tensor.to(gradient.dtype) for tensor in (x, full_weight, full_s))
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ctx.geometry.input_gradient(gradient, weight * s.view(weight.shape[1:]), x.shape[2:])
         # of the composed weight; each column's factor collects it over the output channels
         dweight = conv2d_weight(x, weight.shape, gradient, *ctx.geometry)
-        return dx, None, (dweight * weight).sum(0).flatten(), None, None
+        return dx, None, (dweight * full_weight).sum(0, dtype=full_s.dtype).flatten(), None, None

@@ -21,7 +21,10 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "Geometry":
-        assert not isinstance(conv.padding, str)
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            raise ValueError(
+                f"a convolution has padding {conv.padding!r} in mode {conv.padding_mode!r}, expected numbers and 'zeros'"
+            )
         stride, padding, dilation = ((each[0], each[1]) for each in (conv.stride, conv.padding, conv.dilation))
         return cls(stride, padding, dilation, conv.groups)
 
@@ -58,7 +61,8 @@ class FixedNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.bias - self.running_mean * scale
-        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+        # in the statistics' width: rounded to half precision, the difference would cancel badly
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
 
 
 class MaskedReLU(nn.ReLU):
@@ -70,6 +74,16 @@ class MaskedReLU(nn.ReLU):
         return _MaskedReLU.apply(x)
 
 
+class TiledMaxPool2d(nn.MaxPool2d):
+    """Max-pooling by 2x2 with stride 2 that keeps one byte an output element: which of the four it was. PyTorch's own keeps
+    its input, and eight bytes an output element."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x)
+        return _TiledMaxPool.apply(x, self.ceil_mode)
+
+
 def keep_less(stage: nn.Module) -> None:
     """Swap the classes of a stage's layers, in place, for those above. Call when ``requires_grad`` is settled."""
     for module in stage.modules():
@@ -78,11 +92,28 @@ def keep_less(stage: nn.Module) -> None:
             module.__class__ = FrozenConv2d
         elif type(module) is nn.BatchNorm2d and not module.weight.requires_grad:
             module.__class__ = FixedNorm2d
-    # a convolution that keeps its input keeps the ReLU's output before it: there a mask would come on top
-    if not any(isinstance(module, nn.Conv2d) and not isinstance(module, FrozenConv2d) for module in stage.modules()):
-        for module in stage.modules():
-            if type(module) is nn.ReLU:
-                module.__class__ = MaskedReLU
+    for block in stage.modules():
+        convolutions = [child for child in block.children() if isinstance(child, nn.Conv2d)]
+        # one that keeps its input keeps the ReLU's output before it, and a mask would come on top: the first of a block reads
+        # the widest map, and decides for all
+        if not convolutions or isinstance(convolutions[0], FrozenConv2d):
+            for child in block.children():
+                if type(child) is nn.ReLU:
+                    child.__class__ = MaskedReLU
+    keep_less_of_pools(stage)
+
+
+def keep_less_of_pools(stage: nn.Module) -> None:
+    """The max-pools alone, for stages whose other layers keep little already."""
+    for module in stage.modules():
+        if type(module) is nn.MaxPool2d and _is_tiled(module):
+            module.__class__ = TiledMaxPool2d
+
+
+def _is_tiled(pool: nn.MaxPool2d) -> bool:
+    """Whether windows of 2x2 lie side by side."""
+    options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    return options == (2, 2, 0, 1) and not pool.return_indices
 
 
 class _FrozenConvolution(torch.autograd.Function):
@@ -98,6 +129,31 @@ class _FrozenConvolution(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         dx = ctx.geometry.input_gradient(gradient, weight.to(gradient.dtype), ctx.input_size)
         return dx, None, None, None
+
+
+class _TiledMaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ceil_mode: bool) -> Tensor:
+        y, winner = F.max_pool2d(x, 2, 2, 0, 1, ceil_mode, return_indices=True)
+        width = x.shape[3]
+        # position in the picture -> 0 … 3 within the window
+        ctx.save_for_backward(((winner // width) % 2 * 2 + winner % width % 2).to(torch.uint8))
+        ctx.input_size = x.shape[2:]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (winner,) = ctx.saved_tensors
+        batch, channels, windows_high, windows_wide = gradient.shape
+        is_channels_last = gradient.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if is_channels_last else torch.contiguous_format
+        dx = gradient.new_empty(batch, channels, *ctx.input_size).contiguous(memory_format=layout).zero_()
+        for place in range(4):
+            # rows and columns that no window covers stay zero; a window over the edge has no elements there
+            part = dx[:, :, place // 2 :: 2, place % 2 :: 2][:, :, :windows_high, :windows_wide]
+            part.copy_((gradient * (winner == place))[:, :, : part.shape[2], : part.shape[3]])
+        return dx, None
 
 
 class _MaskedReLU(torch.autograd.Function):
