@@ -26,12 +26,14 @@ def summary(model: nn.Module, input_shape: Sequence[int] = (1, 3, 224, 224)) -> 
     lines = [
         f"{type(model).__name__}: {trainable:,} of {total:,} parameters train "
         f"({100 * trainable / max(total, 1):.3f} %), {values:,} of them singular values in {len(layers)} layers",
-        f"BatchNorm on running statistics for good: {norms}",
+        *([f"BatchNorm on running statistics for good: {norms}"] if norms else []),
         f"kept for backward, one picture {'×'.join(str(n) for n in input_shape[1:])}: {_kept(model, input_shape)}",
     ]
     width = max((len(n) for n in layers), default=0)
     for name, layer in layers.items():
         note = layer.fusion_note or ("not fused" if isinstance(layer, SVFConv2d) else "linear")
+        if layer.u.requires_grad or layer.v.requires_grad:
+            note = "plain composition: U or V trains"
         lines.append(f"  {name or '(root)':<{width}}  rank {layer.rank:>5}  {layer.save:<9}  {note}")
     return "\n".join(lines)
 

@@ -23,6 +23,18 @@ from rich.console import Console
 
 DATA = "data"
 MODEL_NAME = re.compile(rf"({'|'.join(MODELS)})_({'|'.join(ARCHITECTURES)})_(\d+)shot")
+BASE_LEARNER = "pspnet"
+# without which a file says too little to be met: prefixes of names
+REQUIRED_OF_DATA = ("items/", "evaluation/")
+REQUIRED_OF_A_MODEL = (
+    "state_dict",
+    "losses/fixbn/",
+    "losses/bntrain/",
+    "grad_norms/fixbn/",
+    "grad_norms/bntrain/",
+    "bntrain/",
+)
+REQUIRED_OF_A_METHOD = ("grad_norms/backbone_conv_fixbn/", "svf/S/", "svf/dS/")
 GOLDEN_SUFFIXES = (".json", ".npz")
 BESIDE_GOLDEN_FILES = (".py", ".md", ".txt")  # may lie in the folder
 
@@ -69,7 +81,10 @@ def check_file(path: Path, width: int, memory_format: torch.memory_format) -> tu
     ok = not account.misses
     worst = max(account.comparisons, key=lambda comparison: comparison.share, default=None)
     share = f"largest {worst.share:.2f} of its limit: {worst}" if worst else "nothing compared"
-    line = f"{'ok  ' if ok else 'MISS'} {path.name:<{width}}  {len(account.comparisons):>4} quantities   {share}"
+    absent = f"   (not in the file: {', '.join(account.absent)})" if account.absent else ""
+    line = (
+        f"{'ok  ' if ok else 'MISS'} {path.name:<{width}}  {len(account.comparisons):>4} quantities   {share}{absent}"
+    )
     return ok, "\n".join([line, *(f"         {miss}" for miss in account.misses)])
 
 
@@ -79,6 +94,9 @@ def checked_account(path: Path, memory_format: torch.memory_format) -> Account:
     if not known and path.name != DATA:
         raise GoldenError("is no golden file's name: neither data nor {model}_{backbone}_{K}shot")
     account = Account(read_golden(path.with_name(f"{path.name}.json")))
+    account.require(*(REQUIRED_OF_DATA if not known else REQUIRED_OF_A_MODEL))
+    if known and known[1] != BASE_LEARNER:
+        account.require(*REQUIRED_OF_A_METHOD)
     if known:
         require_settings(account.golden, *known.groups())
         passes = check_model(account, memory_format)

@@ -198,6 +198,12 @@ def no_settings(folder: Folder) -> None:
     folder.write("baseline_vgg16_1shot")
 
 
+def say_nothing(folder: Folder) -> None:
+    folder.arrays.clear()
+    del folder.settings["items"]
+    folder.write()
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -218,6 +224,7 @@ def no_settings(folder: Folder) -> None:
         (stray_file, "weights.pt   is no golden file's name"),
         (other_settings, "the JSON's model is 'bam', but the file's name says 'baseline'"),
         (no_settings, "the JSON has no model"),
+        (say_nothing, "the file holds nothing of items/"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
@@ -263,7 +270,10 @@ def test_every_perturbed_quantity_of_a_model_is_a_miss_and_nothing_else(tmp_path
     (tmp_path / f"{name}.json").write_text(json.dumps(settings))
     np.savez(tmp_path / f"{name}.npz", **arrays)
 
-    misses = parity.checked_account(tmp_path / name, torch.channels_last).misses
+    account = parity.checked_account(tmp_path / name, torch.channels_last)
+    assert {"out_low", "query_layer4/channel_mean"} <= set(account.absent)
+    misses = [miss for miss in account.misses if not miss.startswith("the file holds nothing of")]
+    assert len(account.misses) == len(misses) + 2
     expected = [
         "state_dict (cls_meta.3.bias: [2], expected [3])",
         "n_parameters (is 19247170, expected 19247171)",

@@ -57,7 +57,7 @@ def build_model(config: Config, *, pretrained: bool) -> Model:
 def _load_base_learner(method: MetaLearner, backbone: Backbone, config: Config) -> None:
     """Fill the method's backbone, and BAM's base branch, from ``method.base_learner``."""
     path, fold = str(config.method.base_learner), config.data.fold
-    state = base_learner_state(path, fold)
+    state = base_learner_state(path, fold, config.backbone)
     try:
         if isinstance(method, BAM):
             method.load_base_learner(state)

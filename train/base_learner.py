@@ -5,16 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from svf_fast.train.backbones.weights import read_state
+from svf_fast.train.backbones import BackboneConfig
+from svf_fast.train.backbones.weights import read_state, require_finite
 from svf_fast.train.batches import SampleKey, load_ahead
 from svf_fast.train.checkpoint import CheckpointError, load_checkpoint
-from svf_fast.train.config import BASE_LEARNER
+from svf_fast.train.config import BASE_LEARNER, BaseConfig, ConfigError, config_from_plain
 from svf_fast.train.data.base_labels import BaseBatch, BasePictures, stack
 from svf_fast.train.label_metrics import BaseMetrics
 from svf_fast.train.methods import Losses, PSPNet
@@ -69,11 +70,11 @@ class BaseTask:
         )
 
 
-def base_learner_state(path: str | Path, fold: int) -> dict[str, Tensor]:
+def base_learner_state(path: str | Path, fold: int, backbone: BackboneConfig) -> dict[str, Tensor]:
     """The tensors of a base learner: from a checkpoint of ``svf-fast train-base``, or from a weight file of BAM's code.
 
     FileNotFoundError when there is none; ValueError when the file is neither, or was trained on another fold's base
-    classes, as far as it tells.
+    classes or another ``backbone``, as far as it tells.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -82,12 +83,22 @@ def base_learner_state(path: str | Path, fold: int) -> dict[str, Tensor]:
         checkpoint = load_checkpoint(path)
     except CheckpointError:
         return read_state(path)
-    name = checkpoint.config.get("method", {}).get("name")
-    if name != BASE_LEARNER:
-        raise CheckpointError(f"{path} is a checkpoint of the method {name!r}, expected one of svf-fast train-base")
-    trained_on = checkpoint.config["data"]["fold"]
-    if trained_on != fold:
+    try:
+        name = checkpoint.config["method"]["name"]
+        if name != BASE_LEARNER:
+            raise CheckpointError(f"{path} is a checkpoint of the method {name!r}, expected one of svf-fast train-base")
+        trained = config_from_plain(checkpoint.config, schema=BaseConfig)
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} holds settings that this version does not know") from error
+    if trained.data.fold != fold:
         raise CheckpointError(
-            f"{path} is a base learner of fold {trained_on}, expected one of fold {fold}: its base classes are others"
+            f"{path} is a base learner of fold {trained.data.fold}, expected one of fold {fold}: its base classes are others"
         )
+    for option in fields(BackboneConfig):
+        its, ours = (getattr(config, option.name) for config in (trained.backbone, backbone))
+        if its != ours:
+            raise CheckpointError(
+                f"{path} is a base learner with backbone.{option.name}={its}, but here it is {ours}: they must be one backbone"
+            )
+    require_finite(checkpoint.method, str(path))
     return checkpoint.method

@@ -18,6 +18,7 @@ from torch import nn
 
 import svf_fast
 from svf_fast.train.assembly import base_rates, build_model
+from svf_fast.train.backbones import build_backbone
 from svf_fast.train.config import load_base_config, load_config, shipped_configs
 from svf_fast.train.engine import TrainingError
 from svf_fast.train.methods.bam import GeneralisedRule
@@ -203,7 +204,13 @@ def _summary(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(options.config, overrides)
     model = build_model(config, pretrained=True)
     stages = nn.Sequential(OrderedDict((name, model.method.get_submodule(name)) for name in model.method.stages))
+    with torch.device("meta"):
+        original = sum(parameter.numel() for parameter in build_backbone(config.backbone).parameters())
+    print(
+        f"{config.method.name} on {config.backbone.architecture}: {original:,} parameters; its stages, as they are tuned:"
+    )
     print(svf_fast.summary(stages, (1, 3, config.data.size, config.data.size)))
+    print(f"BatchNorm in the backbone: method.bn_mode={config.method.bn_mode}")
     rates = base_rates(config, model.groups)
     print(f"tuning strategy {config.tuning.strategy} trains {model.strategy.trains}")
     print(f"groups, with their rates before the {config.schedule.name} schedule:")

@@ -79,6 +79,17 @@ class Account:
     comparisons: list[Comparison] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
+    absent: list[str] = field(default_factory=list)
+
+    def require(self, *prefixes: str) -> None:
+        """Complains about each of ``prefixes`` with which no expected quantity starts."""
+        lacking = [prefix for prefix in prefixes if not self.golden.with_prefix(prefix)]
+        if lacking:
+            self.complaints.append(f"the file holds nothing of {', '.join(lacking)}")
+
+    def note_absent(self, *names: str) -> None:
+        """Remembers, for people, which of ``names`` the file might hold and does not."""
+        self.absent += [name for name in names if name not in self.golden.expected]
 
     def equal(self, name: str, actual: object) -> None:
         """``actual`` against the expected entry of that name, which may differ in nothing."""

@@ -237,6 +237,20 @@ def test_a_base_learner_after_tuning_gets_a_sentence():
         method.load_base_learner({})
 
 
+@pytest.mark.parametrize(
+    ("categories", "sentence"),
+    [
+        (torch.tensor([1]), "categories is torch.int64 [1], expected torch.int64 [2]"),
+        (torch.tensor([1.0, 2.0]), "categories is torch.float32 [2], expected torch.int64 [2]"),
+        (torch.tensor([-1, 2]), "categories holds -1 to 2, expected positions among 5 base classes"),
+        (torch.tensor([0, 5]), "categories holds 0 to 5, expected positions among 5 base classes"),
+    ],
+)
+def test_categories_that_are_none_get_a_sentence(categories, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        narrow("bam").losses(batch()._replace(categories=categories))
+
+
 @pytest.mark.parametrize("missing", ["base_labels", "categories"])
 def test_losses_without_base_labels_get_a_sentence(missing):
     with pytest.raises(ValueError, match=f"^batch.{missing} is None, but BAM's losses need the labels"):

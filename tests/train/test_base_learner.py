@@ -3,15 +3,18 @@ scores, interruptions, and the one line that every mistake gets."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from run_fakes import stop_after
 
+from svf_fast.train.backbones import build_backbone, load_backbone_weights
 from svf_fast.train.base_learner import base_learner_state
 from svf_fast.train.checkpoint import load_checkpoint
 from svf_fast.train.cli import main
+from svf_fast.train.config import BaseConfig, config_from_plain
 from svf_fast.train.data.shapes5i import generate
 from svf_fast.train.journal import read_journal
 
@@ -210,12 +213,28 @@ def test_weights_of_bams_code_are_a_base_learner_too(tmp_path: Path, shapes: Pat
 
 
 def test_the_file_that_is_no_base_learner_is_named(tmp_path: Path, base: Path, tuned: Path) -> None:
+    backbone = config_from_plain(load_checkpoint(base / "best.pt").config, schema=BaseConfig).backbone
     with pytest.raises(ValueError, match=r"best\.pt is a base learner of fold 0, expected one of fold 1"):
-        base_learner_state(base / "best.pt", 1)
+        base_learner_state(base / "best.pt", 1, backbone)
+    with pytest.raises(
+        ValueError, match=r"best\.pt is a base learner with backbone\.dilation=uniform, but here it is torchvision"
+    ):
+        base_learner_state(base / "best.pt", 0, replace(backbone, dilation="torchvision"))
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*missing\.pt"):
-        base_learner_state(tmp_path / "missing.pt", 0)
+        base_learner_state(tmp_path / "missing.pt", 0, backbone)
     with pytest.raises(ValueError, match=r"is a checkpoint of the method 'bam', expected one of svf-fast train-base"):
-        base_learner_state(tuned / "last.pt", 0)
+        base_learner_state(tuned / "last.pt", 0, backbone)
+    content = torch.load(base / "best.pt", weights_only=True)
+    content["method"]["cls.0.weight"][0] = torch.nan
+    torch.save(content, tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match=r"nan\.pt holds values that are not finite: cls\.0\.weight$"):
+        base_learner_state(tmp_path / "nan.pt", 0, backbone)
+    content["config"]["data"] = None
+    torch.save(content, tmp_path / "damaged.pt")
+    with pytest.raises(ValueError, match=r"damaged\.pt holds settings that this version does not know$"):
+        base_learner_state(tmp_path / "damaged.pt", 0, backbone)
+    with pytest.raises(ValueError, match=r"best\.pt is a checkpoint of svf-fast, not a weight file"):
+        load_backbone_weights(build_backbone(backbone), base / "best.pt")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +281,7 @@ def test_the_file_that_is_no_base_learner_is_named(tmp_path: Path, base: Path, t
         ),
         (
             ["train", "pascal_bam_resnet50", "run.dir=out", "data.root={data}", "method.base_learner={base}/best.pt"],
-            "is of no use here: weights in the state dict do not fit the base learner",
+            "best.pt is a base learner with backbone.stem=plain, but here it is deep: they must be one backbone",
         ),
     ],
 )

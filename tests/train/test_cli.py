@@ -72,9 +72,9 @@ def test_eval_takes_seeds_episodes_and_shots(finished: Path, capsys: pytest.Capt
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("6 episodes, in %")
     assert lines[1].split() == ["seed", "1", "seed", "2", "seed", "3"]
-    assert [line.split()[0] for line in lines[2:9]] == ["kind"] * 5 + ["mIoU", "FB-IoU"]
-    assert all("mean" in line and "±" in line for line in lines[2:9])
-    assert lines[9].endswith("counted as 0 there: kind 3, kind 4, kind 5")
+    assert [line.split()[0] for line in lines[2:10]] == ["kind"] * 5 + ["mIoU", "FB-IoU", "foreground"]
+    assert all("mean" in line and "±" in line for line in lines[2:10])
+    assert lines[10].endswith("counted as 0 there: kind 3, kind 4, kind 5")
 
 
 def test_a_run_goes_on_from_its_own_config_file(tmp_path: Path, finished: Path) -> None:

@@ -269,8 +269,16 @@ def test_wrong_options_get_a_sentence(name, options, sentence):
     [
         ("baseline", {"shot_reduction": "max"}, "shot_reduction is 'max', expected one of 'mean', 'sum'"),
         ("baseline", {"bins": (60, 30)}, "method 'baseline' has no option 'bins'; it has head_width, aspp_dilations,"),
-        ("pfenet", {"bins": (60, 7.5)}, "bins is [60, 7.5], expected one or more sides above 1 as whole numbers, or ratios"),
-        ("pfenet", {"bins": ()}, "bins is [], expected one or more sides above 1 as whole numbers, or ratios in (0, 1]"),
+        (
+            "pfenet",
+            {"bins": (60, 7.5)},
+            "bins is [60, 7.5], expected one or more sides above 1 as whole numbers, or ratios",
+        ),
+        (
+            "pfenet",
+            {"bins": ()},
+            "bins is [], expected one or more sides above 1 as whole numbers, or ratios in (0, 1]",
+        ),
         ("bam", {"shots": 0}, "base_classes is 5 and shots is 0, expected at least 1 of each"),
         ("bam", {"kshot_trans_dim": -1}, "kshot_trans_dim is -1, expected a width, or 0 for no hidden layer"),
     ],
@@ -294,10 +302,14 @@ def test_a_prior_from_a_layer_that_is_not_there_gets_a_sentence():
 def test_supports_of_another_shape_get_a_sentence():
     query_image, support_images, support_labels = batch().episode
     method = narrow()
-    with pytest.raises(ValueError, match=r"^support_images is \[1, 2, 3, 33, 33\], expected \[2, K, 3, S, S\]"):
+    with pytest.raises(ValueError, match=r"^support_images is \[1, 2, 3, 33, 33\], expected \[2, K, 3, 33, 33\]"):
         method(query_image, support_images[:1], support_labels)
     with pytest.raises(ValueError, match=r"^support_labels is \[2, 1, 33, 33\], expected \[2, 2, 33, 33\]"):
         method(query_image, support_images, support_labels[:, :1])
+    with pytest.raises(ValueError, match=r"^support_images is \[2, 2, 3, 33, 33\], expected \[2, K, 3, 41, 41\]"):
+        method(torch.zeros(2, 3, 41, 41), support_images, support_labels)
+    with pytest.raises(ValueError, match=r"^query_image is \[2, 1, 33, 33\], expected \[B, 3, S, S\]"):
+        method(query_image[:, :1], support_images, support_labels)
 
 
 def test_every_method_has_options_here():

@@ -73,6 +73,21 @@ def test_an_unknown_part_of_a_checkpoint_is_not_passed_by(tmp_path):
         load_backbone_weights(narrow_backbone(), tmp_path / "method.pth")
 
 
+def test_what_the_svf_authors_files_hold_besides_is_passed_by():
+    method = narrow("bam")
+    state = disturbed(method.state_dict())
+    copies = {key.replace(".", "p.", 1): t for key, t in state.items() if key.startswith("layer")}
+    load_published(method, {"state_dict": {**state, **copies}})
+    assert_same(method.state_dict(), state)
+    copies["layer2p.0.conv1.weight"] = copies["layer2p.0.conv1.weight"] + 1
+    with pytest.raises(ValueError, match=r"holds layer2p\.0\.conv1\.weight beside another layer2\.0\.conv1\.weight"):
+        load_published(narrow("bam"), {**state, **copies})
+    baseline = narrow("baseline")
+    load_published(baseline, {**disturbed(baseline.state_dict()), "kshot_rw.0.bias": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"svf_fast\.load_svf_pytorch reads them$"):
+        load_published(narrow("bam"), {**state, "layer2.0.conv1.vector_S": torch.ones(1, 4, 1, 1)})
+
+
 def test_two_copies_of_one_key_are_refused():
     state = narrow("pfenet").state_dict()
     state["module.res1.0.weight"] = state["res1.0.weight"]

@@ -114,24 +114,42 @@ def read_state(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         # PyTorch's own text advises to load the file without protection: not to be passed on
-        raise ValueError(f"{path} is not a complete PyTorch or safetensors file of tensors") from error
+        raise ValueError(
+            f"{path} is not a complete PyTorch or safetensors file of tensors: it is cut short, or holds other objects"
+        ) from error
+    return _unwrapped(content, str(path))
+
+
+def state_of(source: Mapping[str, Any] | str | Path) -> tuple[dict[str, Tensor], str]:
+    """A state dict given as it is or as a file, wrapped in ``{"state_dict": …}`` or not, without prefixes, and what to
+    call it in errors."""
+    if isinstance(source, Mapping):
+        name = "the state dict"
+        return plain_keys(_unwrapped(source, name)), name
+    return plain_keys(read_state(Path(source))), str(source)
+
+
+def require_finite(state: Mapping[str, Tensor], name: str) -> None:
+    """ValueError naming what of ``state`` is not a number or infinite."""
+    broken = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{name} holds values that are not finite: {_some(broken)}")
+
+
+def _unwrapped(content: Any, name: str) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
+    if isinstance(content, Mapping) and isinstance(content.get("method"), Mapping) and "config" in content:
+        raise ValueError(
+            f"{name} is a checkpoint of svf-fast, not a weight file: a base learner's goes into method.base_learner, with "
+            "method.backbone_init=base_learner for its backbone alone"
+        )
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
-        raise ValueError(f"{path} holds no state dict of named tensors")
-    broken = [key for key, value in content.items() if value.is_floating_point() and not torch.isfinite(value).all()]
-    if broken:
-        raise ValueError(f"{path} holds values that are not finite: {_some(broken)}")
+        raise ValueError(f"{name} holds no state dict of named tensors")
+    require_finite(content, name)
     return dict(content)
-
-
-def state_of(source: Mapping[str, Tensor] | str | Path) -> tuple[dict[str, Tensor], str]:
-    """A state dict given as it is or as a file, without prefixes, and what to call it in errors."""
-    if isinstance(source, Mapping):
-        return plain_keys(source), "the state dict"
-    return plain_keys(read_state(Path(source))), str(source)
 
 
 def _renaming(state: Mapping[str, Tensor]) -> Callable[[str], str]:
@@ -165,7 +183,7 @@ def _vgg_key(key: str) -> str:
 
 
 def _kind(tensor: Tensor) -> str:
-    return "floating point" if tensor.is_floating_point() else "integers"
+    return "floating point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "integers"
 
 
 def _some(keys: list[str], shown: int = 4) -> str:

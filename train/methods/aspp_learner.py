@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from svf_fast.train.methods.layers import ASPP, ConcatConvReLU, classifier, residual_pair
-from svf_fast.train.methods.meta_learner import MetaLearner
+from svf_fast.train.methods.meta_learner import MetaLearner, require_width
 
 
 class ASPPLearner(MetaLearner):
@@ -14,6 +14,7 @@ class ASPPLearner(MetaLearner):
 
     def build_head(self, width: int, dilations: Sequence[int]) -> None:
         """Register the head's modules, in the published order."""
+        require_width(width)
         self.down_query = ConcatConvReLU(self.middle_channels, width)
         self.down_supp = ConcatConvReLU(self.middle_channels, width)
         self.init_merge = ConcatConvReLU(2 * width + 1, width)

@@ -136,6 +136,7 @@ class BAM(ASPPLearner):
         if batch.base_labels is None or batch.categories is None:
             missing = "base_labels" if batch.base_labels is None else "categories"
             raise ValueError(f"batch.{missing} is None, but BAM's losses need the labels of the base classes")
+        _require_categories(batch.categories, len(batch.query_images), self.base_classes)
         size = batch.query_images.shape[-2:]
         left_out = batch.categories if self.training_base_map == "others" else None
         low = self.segment(batch.query_images, batch.support_images, batch.support_labels, categories=left_out)
@@ -157,7 +158,7 @@ class BAM(ASPPLearner):
     ) -> BAMSegmentation:
         """As ``outputs``, before the last resize and with what the decision rests on. With ``categories`` [B] int64
         the base map leaves out the base class at that position (training); without, it holds all (evaluation)."""
-        require_episode(support_images, support_labels, len(query_image), shots=self.shots)
+        require_episode(query_image, support_images, support_labels, shots=self.shots)
         features = self.query_features(query_image, tap=self._stage_before_copies())
         base = self._base_logits(query_image if features.tapped is None else features.tapped, features)
         query = self.query_middle(features)
@@ -300,6 +301,16 @@ def predict_generalised(final: Tensor, base: Tensor, *, tau: float = 0.9, rule: 
     if rule == "base":
         is_novel = is_novel & (label == 0)
     return label.masked_fill(is_novel, base.shape[1])
+
+
+def _require_categories(categories: Tensor, batch: int, base_classes: int) -> None:
+    if list(categories.shape) != [batch] or categories.dtype != torch.int64:
+        raise ValueError(f"categories is {categories.dtype} {list(categories.shape)}, expected torch.int64 [{batch}]")
+    lowest, highest = (int(value) for value in torch.aminmax(categories))
+    if lowest < 0 or highest >= base_classes:
+        raise ValueError(
+            f"categories holds {lowest} to {highest}, expected positions among {base_classes} base classes"
+        )
 
 
 def _shot_reweighting(shots: int, hidden: int) -> nn.Module:

@@ -87,7 +87,7 @@ class Baseline(ASPPLearner):
 
     def segment(self, query_image: Tensor, support_images: Tensor, support_labels: Tensor) -> Segmentation:
         """As ``forward``, before the last resize and with what the decision rests on."""
-        require_episode(support_images, support_labels, len(query_image))
+        require_episode(query_image, support_images, support_labels)
         features = self.query_features(query_image)
         query = self.query_middle(features)
         shots = self.support_shots(support_images, support_labels, features)

@@ -218,14 +218,23 @@ def require_choice(name: str, value: object, choices: tuple[object, ...]) -> Non
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def require_episode(images: Tensor, labels: Tensor, batch: int, *, shots: int | None = None) -> None:
-    """ValueError unless these are the supports of ``batch`` queries, ``shots`` each where that is given."""
-    if images.dim() != 5 or images.shape[0] != batch or images.shape[1] == 0 or images.shape[2] != 3:
+def require_width(width: int) -> None:
+    if width < 1:
+        raise ValueError(f"head_width is {width}, expected 1 or more channels")
+
+
+def require_episode(query: Tensor, images: Tensor, labels: Tensor, *, shots: int | None = None) -> None:
+    """ValueError unless query [B, 3, H, W] are pictures and these their supports, ``shots`` each where that is given."""
+    if query.dim() != 4 or query.shape[1] != 3:
+        raise ValueError(f"query_image is {list(query.shape)}, expected [B, 3, S, S]")
+    batch, _, *size = query.shape
+    if images.dim() != 5 or list(images.shape) != [batch, images.shape[1], 3, *size] or images.shape[1] == 0:
+        sides = ", ".join(map(str, size))
         raise ValueError(
-            f"support_images is {list(images.shape)}, expected [{batch}, K, 3, S, S] with at least one shot"
+            f"support_images is {list(images.shape)}, expected [{batch}, K, 3, {sides}] with at least one shot"
         )
     if shots is not None and images.shape[1] != shots:
         raise ValueError(f"support_images has {images.shape[1]} shots, expected {shots}")
-    expected = [*images.shape[:2], *images.shape[3:]]
+    expected = [*images.shape[:2], *size]
     if list(labels.shape) != expected:
         raise ValueError(f"support_labels is {list(labels.shape)}, expected {expected} to match support_images")

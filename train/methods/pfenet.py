@@ -19,6 +19,7 @@ from svf_fast.train.methods.meta_learner import (
     PriorMasking,
     Recompute,
     require_episode,
+    require_width,
 )
 from svf_fast.train.methods.prior import CosineForm
 from svf_fast.train.seeding import seeded_initialisation
@@ -66,6 +67,7 @@ class PFENet(MetaLearner):
     ) -> None:
         if not bins or not all(is_bin(value) for value in bins):
             raise ValueError(f"bins is {list(bins)}, expected {BINS_IN_WORDS}")
+        require_width(head_width)
         super().__init__(
             backbone,
             prior_layer=prior_layer,
@@ -114,7 +116,7 @@ class PFENet(MetaLearner):
         self, query_image: Tensor, support_images: Tensor, support_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The query's middle features, prototype and prior, these two averaged over the shots."""
-        require_episode(support_images, support_labels, len(query_image))
+        require_episode(query_image, support_images, support_labels)
         features = self.query_features(query_image)
         query = self.query_middle(features)
         shots = self.support_shots(support_images, support_labels, features)
