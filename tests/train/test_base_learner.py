@@ -229,7 +229,7 @@ def test_the_file_that_is_no_base_learner_is_named(tmp_path: Path, base: Path, t
     torch.save(content, tmp_path / "nan.pt")
     with pytest.raises(ValueError, match=r"nan\.pt holds values that are not finite: cls\.0\.weight$"):
         base_learner_state(tmp_path / "nan.pt", 0, backbone)
-    content["config"]["data"] = None
+    content["config"]["method"] = None
     torch.save(content, tmp_path / "damaged.pt")
     with pytest.raises(ValueError, match=r"damaged\.pt holds settings that this version does not know$"):
         base_learner_state(tmp_path / "damaged.pt", 0, backbone)
