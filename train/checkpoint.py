@@ -72,7 +72,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{path} is no readable checkpoint (cut short, or of another kind): use another one of the run's folder"
         ) from error

@@ -88,8 +88,13 @@ class Account:
             self.complaints.append(f"the file holds nothing of {', '.join(lacking)}")
 
     def note_absent(self, *names: str) -> None:
-        """Remembers, for people, which of ``names`` the file might hold and does not."""
-        self.absent += [name for name in names if name not in self.golden.expected]
+        """Remembers, for people, which of ``names`` the file might hold and does not; one that ends with a slash stands
+        for all that start so."""
+        self.absent += [
+            name
+            for name in names
+            if name not in self.golden.expected and not (name.endswith("/") and self.golden.with_prefix(name))
+        ]
 
     def equal(self, name: str, actual: object) -> None:
         """``actual`` against the expected entry of that name, which may differ in nothing."""

@@ -117,3 +117,12 @@ def test_aliases_of_a_base_learner_that_differ_are_refused():
     state["encoder.1.0.conv1.weight"] = state["layer1.0.conv1.weight"] + 1
     with pytest.raises(ValueError, match=r"hold layer1\.0\.conv1\.weight and encoder\.1\.0\.conv1\.weight, two copies"):
         load_base_learner(PSPNet(narrow_backbone(), classes=3), state)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\x80\x02."])
+def test_a_file_of_something_else_gets_a_sentence(content, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"is not a complete PyTorch or safetensors file of tensors|holds no state dict"
+    ):
+        load_backbone_weights(narrow_backbone(), tmp_path / "weights.pth")

@@ -259,6 +259,10 @@ def test_a_tiled_pool_is_torchs_and_keeps_a_byte(size: tuple[int, int], layout: 
     (dx,), (wanted,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy)
     torch.testing.assert_close(dx, wanted, rtol=0, atol=0)
     assert kept_bytes(lambda: ours(x), owned=[x]) == y.numel()
+    assert dx.is_contiguous(memory_format=layout)
+    several = torch.stack([dy, -dy])
+    (batched,) = torch.autograd.grad(ours(x), x, several, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack([wanted, -wanted]), rtol=0, atol=0)
 
 
 def test_a_tuned_vgg_keeps_no_pools_input() -> None:

@@ -112,7 +112,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except PermissionError:
+        raise
+    except (
+        SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError
+    ) as error:  # fmt: skip
         # PyTorch's own text advises to load the file without protection: not to be passed on
         raise ValueError(
             f"{path} is not a complete PyTorch or safetensors file of tensors: it is cut short, or holds other objects"

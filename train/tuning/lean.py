@@ -19,13 +19,19 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
     groups: int
 
+    @staticmethod
+    def fits(conv: nn.Conv2d) -> bool:
+        """Whether it says all about ``conv``."""
+        return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "Geometry":
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        if not cls.fits(conv):
             raise ValueError(
                 f"a convolution has padding {conv.padding!r} in mode {conv.padding_mode!r}, expected numbers and 'zeros'"
             )
-        stride, padding, dilation = ((each[0], each[1]) for each in (conv.stride, conv.padding, conv.dilation))
+        pairs = (conv.stride, conv.padding, conv.dilation)
+        stride, padding, dilation = ((int(each[0]), int(each[1])) for each in pairs)
         return cls(stride, padding, dilation, conv.groups)
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, input_size: Sequence[int]) -> Tensor:
@@ -88,9 +94,9 @@ def keep_less(stage: nn.Module) -> None:
     """Swap the classes of a stage's layers, in place, for those above. Call when ``requires_grad`` is settled."""
     for module in stage.modules():
         is_frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        if type(module) is nn.Conv2d and is_frozen and module.padding_mode == "zeros":
+        if type(module) is nn.Conv2d and is_frozen and Geometry.fits(module):
             module.__class__ = FrozenConv2d
-        elif type(module) is nn.BatchNorm2d and not module.weight.requires_grad:
+        elif type(module) is nn.BatchNorm2d and module.affine and not module.weight.requires_grad:
             module.__class__ = FixedNorm2d
     for block in stage.modules():
         convolutions = [child for child in block.children() if isinstance(child, nn.Conv2d)]
@@ -136,24 +142,35 @@ class _TiledMaxPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, ceil_mode: bool) -> Tensor:
         y, winner = F.max_pool2d(x, 2, 2, 0, 1, ceil_mode, return_indices=True)
         width = x.shape[3]
-        # position in the picture -> 0 … 3 within the window
-        ctx.save_for_backward(((winner // width) % 2 * 2 + winner % width % 2).to(torch.uint8))
+        rows, columns = (torch.arange(0, 2 * n, 2, device=x.device) for n in y.shape[2:])
+        # position in the picture, less its window's first -> 0 … 3 within the window; dividing would take much longer
+        winner = winner - (rows[:, None] * width + columns)
+        winner = torch.where(winner < width, winner, winner - (width - 2))
+        ctx.save_for_backward(winner.to(torch.uint8))
         ctx.input_size = x.shape[2:]
+        ctx.channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (winner,) = ctx.saved_tensors
-        batch, channels, windows_high, windows_wide = gradient.shape
-        is_channels_last = gradient.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if is_channels_last else torch.contiguous_format
-        dx = gradient.new_empty(batch, channels, *ctx.input_size).contiguous(memory_format=layout).zero_()
-        for place in range(4):
-            # rows and columns that no window covers stay zero; a window over the edge has no elements there
-            part = dx[:, :, place // 2 :: 2, place % 2 :: 2][:, :, :windows_high, :windows_wide]
-            part.copy_((gradient * (winner == place))[:, :, : part.shape[2], : part.shape[3]])
-        return dx, None
+        # x's memory format: the pixels' axes are 2 and 3, or 1 and 2
+        rows = 2
+        if ctx.channels_last:
+            gradient, winner, rows = gradient.permute(0, 2, 3, 1), winner.permute(0, 2, 3, 1), 1
+        parts = [torch.where(winner == place, gradient, 0) for place in range(4)]
+        upper, lower = (torch.stack(pair, rows + 2) for pair in (parts[:2], parts[2:]))
+        windows = torch.stack((upper, lower), rows + 1)
+        shape = [*gradient.shape]
+        shape[rows], shape[rows + 1] = 2 * shape[rows], 2 * shape[rows + 1]
+        dx = windows.reshape(shape)
+        # a window over the edge has no elements there, and an odd row or column that no window covers gets zeros
+        height, width = ctx.input_size
+        dx = dx.narrow(rows, 0, min(dx.shape[rows], height)).narrow(rows + 1, 0, min(dx.shape[rows + 1], width))
+        missing = (0, 0) * (2 - rows) + (0, width - dx.shape[rows + 1], 0, height - dx.shape[rows])
+        dx = F.pad(dx, missing) if any(missing) else dx.contiguous()
+        return dx.permute(0, 3, 1, 2) if ctx.channels_last else dx, None
 
 
 class _MaskedReLU(torch.autograd.Function):
