@@ -20,6 +20,7 @@ from svf_fast.train.data.base_labels import BaseBatch, BasePictures, stack
 from svf_fast.train.label_metrics import BaseMetrics
 from svf_fast.train.methods import Losses, PSPNet
 from svf_fast.train.tasks import Judgement, Watch
+from svf_fast.train.validation import evaluating
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,13 @@ class BaseTask:
         metrics = BaseMetrics(len(self.class_names))
         indices = range(self.judged)
         keys = [tuple((0, i) for i in indices[start : start + self.batch]) for start in indices[:: self.batch]]
-        was_training = method.training
-        method.eval()
         done = 0
-        try:
-            loading = load_ahead(self.validation.picture, stack, keys, workers=workers)
-            with torch.no_grad(), closing(loading) as batches:
-                for batch in batches:
-                    metrics.update(method(batch.images.to(device)).argmax(dim=1), batch.labels)
-                    done += len(batch.labels)
-                    watch(done, self.judged)
-        finally:
-            method.train(was_training)
+        loading = load_ahead(self.validation.picture, stack, keys, workers=workers)
+        with evaluating(method), closing(loading) as batches:
+            for batch in batches:
+                metrics.update(method(batch.images.to(device)).argmax(dim=1), batch.labels)
+                done += len(batch.labels)
+                watch(done, self.judged)
         return Judgement(
             metrics.miou,
             {

@@ -18,7 +18,7 @@ from svf_fast.train.label_metrics import LabelCounts, count_labels
 from svf_fast.train.methods import BAM
 from svf_fast.train.methods.bam import GeneralisedRule, predict_generalised
 from svf_fast.train.tasks import Watch
-from svf_fast.train.validation import base_label_of
+from svf_fast.train.validation import base_label_of, evaluating
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,15 @@ def validate_generalised(
     base = source.base_classes
     metrics = GeneralisedMetrics(base, source.split.class_ids)
     keys = [(key,) for key in source.validation_indices(episodes, source.seed, order="list")]
-    was_training = method.training
-    method.eval()
-    try:
-        with torch.no_grad(), closing(load_ahead(source.episode, collate, keys, workers=workers)) as batches:
-            for done, batch in enumerate(batches, start=1):
-                on_device = batch.to(device)
-                outputs = method.outputs(on_device.query_images, on_device.support_images, on_device.support_labels)
-                label = generalised_label(base_label_of(batch), batch.original_labels[0], len(base))
-                final, base_logits = (
-                    logits_at_original_size(logits[0], label)[None] for logits in (outputs.final, outputs.base)
-                )
-                prediction = predict_generalised(final, base_logits, tau=tau, rule=rule)
-                metrics.update(prediction[0], label, batch.class_ids[0])
-                watch(done, episodes)
-    finally:
-        method.train(was_training)
+    with evaluating(method), closing(load_ahead(source.episode, collate, keys, workers=workers)) as batches:
+        for done, batch in enumerate(batches, start=1):
+            on_device = batch.to(device)
+            outputs = method.outputs(on_device.query_images, on_device.support_images, on_device.support_labels)
+            label = generalised_label(base_label_of(batch), batch.original_labels[0], len(base))
+            final, base_logits = (
+                logits_at_original_size(logits[0], label)[None] for logits in (outputs.final, outputs.base)
+            )
+            prediction = predict_generalised(final, base_logits, tau=tau, rule=rule)
+            metrics.update(prediction[0], label, batch.class_ids[0])
+            watch(done, episodes)
     return metrics.scores(source.seed)

@@ -3,8 +3,8 @@ uses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,18 @@ def base_label_of(batch: EpisodeBatch) -> Tensor:
     return batch.original_base_labels[0]
 
 
+@contextmanager
+def evaluating(method: nn.Module) -> Iterator[None]:
+    """Inside, ``method`` is in eval mode and builds no graph; afterwards it is in the mode it was in."""
+    was_training = method.training
+    method.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        method.train(was_training)
+
+
 def validate(
     method: nn.Module,
     source: EpisodeSource,
@@ -92,20 +104,15 @@ def validate(
     metrics = FewShotMetrics(class_ids)
     branches = _Branches(method, class_ids) if isinstance(method, BAM) else None
     keys = [(key,) for key in source.validation_indices(episodes, seed)]
-    was_training = method.training
-    method.eval()
-    try:
-        with torch.no_grad(), closing(load_ahead(source.episode, collate, keys, workers=workers)) as batches:
-            for done, batch in enumerate(batches, start=1):
-                on_device = batch.to(device)
-                if branches is None:
-                    logits = method(on_device.query_images, on_device.support_images, on_device.support_labels)
-                else:
-                    logits = branches.final_logits(on_device)
-                metrics.update(logits[0], batch.original_labels[0], batch.class_ids[0])
-                watch(done, episodes)
-    finally:
-        method.train(was_training)
+    with evaluating(method), closing(load_ahead(source.episode, collate, keys, workers=workers)) as batches:
+        for done, batch in enumerate(batches, start=1):
+            on_device = batch.to(device)
+            if branches is None:
+                logits = method(on_device.query_images, on_device.support_images, on_device.support_labels)
+            else:
+                logits = branches.final_logits(on_device)
+            metrics.update(logits[0], batch.original_labels[0], batch.class_ids[0])
+            watch(done, episodes)
     branch_scores = None if branches is None else branches.scores
     return Scores(
         miou=metrics.miou,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import svf_fast
+from svf_fast.frozen_norm import freeze_norm
 
 SAVES = ("exact", "int8", "recompute")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -152,3 +153,22 @@ def test_a_model_may_be_moved_to_another_dtype(make: Callable[[], nn.Module], sa
     assert error_ratio(model(x.float()), expected) < 1e-5
     model.bfloat16()
     assert error_ratio(model(x.bfloat16()), expected) < 3e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_frozen_norm_alone_is_in_half_precision_no_worse_than_twice_torchs(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    norm = nn.BatchNorm2d(64).eval()
+    # means far from zero, as after a ReLU
+    for tensor, mean in ((norm.running_mean, 16.0), (norm.weight, 1.0)):
+        assert tensor is not None
+        nn.init.normal_(tensor, mean)
+    x = (16 + torch.randn(2, 64, 9, 7)).to(dtype).contiguous(memory_format=layout)
+    stock, exact = norm(x), copy.deepcopy(norm).double()(x.double())
+    freeze_norm(norm)
+    y = norm(x)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=layout)
+    assert (y.double() - exact).norm() <= 2 * (stock.double() - exact).norm()
