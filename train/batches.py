@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
-from svf_fast.train.data.episodes import Episode
+from svf_fast.train.data.episodes import Episode, Order
+from svf_fast.train.data.memory import BatchMemory, Recycler, SampleMemory, keep_freed_memory
 
 BATCHES_AHEAD = 2
 
@@ -26,9 +27,9 @@ class TrainingSource(Protocol):
 class EpisodeSource(TrainingSource, Protocol):
     """What a run needs of an episode sampler: the same answers to the same arguments, from any thread."""
 
-    def episode(self, pass_index: int, index: int) -> Episode: ...
+    def episode(self, pass_index: int, index: int, memory: SampleMemory, /) -> Episode: ...
 
-    def validation_indices(self, count: int, seed: int) -> list[SampleKey]: ...
+    def validation_indices(self, count: int, seed: int, order: Order) -> list[SampleKey]: ...
 
 
 def training_keys(
@@ -46,28 +47,46 @@ def training_keys(
         yield tuple((epoch, index) for index in order[first : first + batch])
 
 
+def in_batches(keys: Sequence[SampleKey], batch: int) -> list[tuple[SampleKey, ...]]:
+    """``keys`` in order, ``batch`` at a time; the last batch may be smaller."""
+    return [tuple(keys[start : start + batch]) for start in range(0, len(keys), batch)]
+
+
 def load_ahead(
-    load: Callable[[int, int], Sample],
+    load: Callable[[int, int, SampleMemory], Sample],
     stack: Callable[[Sequence[Sample]], Batch],
     batches: Iterable[tuple[SampleKey, ...]],
     *,
     workers: int,
 ) -> Generator[Batch, None, None]:
-    """The samples behind ``batches``, each loaded by its key, stacked, in order. ``workers`` threads stay a few batches
-    ahead; with 0 nothing is loaded before it is asked for. Close the iterator to stop loading; an error is raised where
-    its batch is due."""
+    """The samples behind ``batches``, each loaded by its key into the batch's memory, stacked, in order. ``workers``
+    threads stay a few batches ahead; with 0 nothing is loaded before it is asked for. Close the iterator to stop loading;
+    an error is raised where its batch is due.
+
+    A batch's memory is used again once nothing refers to the batch or to a tensor of it: a copy that goes on in the
+    background must be over by then."""
+    keep_freed_memory()
+    recycler = Recycler()
     if workers == 0:
         for keys in batches:
-            yield stack([load(*key) for key in keys])
+            memory = BatchMemory(recycler, len(keys))
+            yield stack([load(*key, memory.of_sample(position)) for position, key in enumerate(keys)])
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="samples")
-    waiting: deque[list[Future[Sample]]] = deque()
+
+    def stack_when_loaded(samples: list[Future[Sample]]) -> Batch:
+        # the pool starts jobs in order: these are loaded, or in the hands of other threads
+        return stack([sample.result() for sample in samples])
+
+    waiting: deque[Future[Batch]] = deque()
     try:
         for keys in batches:
-            waiting.append([pool.submit(load, *key) for key in keys])
+            memory = BatchMemory(recycler, len(keys))
+            samples = [pool.submit(load, *key, memory.of_sample(position)) for position, key in enumerate(keys)]
+            waiting.append(pool.submit(stack_when_loaded, samples))
             if len(waiting) > BATCHES_AHEAD:
-                yield stack([future.result() for future in waiting.popleft()])
+                yield waiting.popleft().result()
         while waiting:
-            yield stack([future.result() for future in waiting.popleft()])
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -14,14 +14,18 @@ from parity_rules.account import Account, GoldenError
 from parity_rules.filling import stream
 from parity_rules.inputs import make_photo
 from svf_fast.train.data.transforms import (
+    MEAN,
+    STD,
     Augmentation,
+    Label,
+    Placed,
     augment,
     blur,
     crop,
     fit,
+    normalise,
     rotate,
     scale,
-    to_tensors,
 )
 from svf_fast.train.evaluation import count, prediction_at_original_size
 
@@ -76,7 +80,7 @@ def check_item(account: Account, item: str) -> None:
             if named is None:
                 raise GoldenError(f"{path} is no name like resize_100x131, which would tell the photo's size")
             photo = make_photo(int(named[1]), int(named[2]), seed)
-            image, label = to_tensors(*fit(*photo, size))
+            image, label = normalised(*fit(*photo, size))
         case "RandScale":
             low, high = RANGES.scale_range
             image, label = scale(image, label, low + (high - low) * entry["u"])
@@ -91,11 +95,12 @@ def check_item(account: Account, item: str) -> None:
             image = blur(image)
         case "Crop":
             photo = make_photo(CROPPED_HEIGHT, width, seed)
-            image, label = crop(*photo, size, ScriptedOffsets(entry["note"]))
+            planes, label = normalised(*crop(*photo, size, ScriptedOffsets(entry["note"])))
+            image = planes.transpose(1, 2, 0) * STD + MEAN  # recorded before normalisation
             account.describes_the_reference(f"{path}/note")
         case "full training pipeline":
             source = random.Random(entry["python_random_seed"])
-            image, label = to_tensors(*augment(image, label, size, RANGES, source))
+            image, label = normalised(*augment(image, label, size, RANGES, source))
             account.equal(f"{path}/next_random", source.random())
             account.describes_the_reference(f"{path}/python_random_seed")
         case unknown:
@@ -109,6 +114,13 @@ def check_item(account: Account, item: str) -> None:
     account.close(f"{item}/label", label, 0.0, to="absolute")
     account.equal(f"{path}/image_shape", list(image.shape))
     account.equal(f"{path}/label_shape", list(label.shape))
+
+
+def normalised(placed: Placed, label: Label) -> tuple[np.ndarray, Label]:
+    """The picture as float32 planes [3, S, S], and its label."""
+    planes = np.empty((3, *label.shape), np.float32)
+    normalise(placed, planes)
+    return planes, label
 
 
 def check_evaluation(account: Account) -> None:

@@ -12,8 +12,9 @@ from voc_folders import draw, write_folder
 
 from svf_fast.train.data.episodes import Episode, EpisodeSampler, collate
 from svf_fast.train.data.reading import read_label
+from svf_fast.train.data.split import Split
 from svf_fast.train.data.transforms import Augmentation
-from svf_fast.train.data.voc import Split, VOCFolder
+from svf_fast.train.data.voc import VOCFolder
 
 SIZES = [(80, 90), (91, 75), (74, 128), (120, 65), (77, 77)]
 

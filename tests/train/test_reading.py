@@ -1,6 +1,8 @@
 """Decoding: exact values, raw palette indices, and one sentence for every file that cannot be used."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import cv2
 import numpy as np
@@ -115,12 +117,15 @@ def test_a_pair_of_different_sizes_is_refused(tmp_path: Path) -> None:
         read_pair(tmp_path / "a.jpg", tmp_path / "a.png")
 
 
+def test_an_orientation_that_only_xmp_states_turns_nothing_as_opencv_has_it(tmp_path: Path) -> None:
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.jpg", xmp=xmp)
+    assert image_size(tmp_path / "a.jpg") == read_image(tmp_path / "a.jpg").shape[:2] == (20, 30)
+
+
 @pytest.mark.parametrize(("limit_pairs", "kept_pairs"), [(0, 0), (1, 1), (2.5, 2), (9, 4)])
 def test_the_cache_keeps_what_fits_and_answers_the_same(tmp_path: Path, limit_pairs: float, kept_pairs: int) -> None:
-    paths = [(tmp_path / f"{i}.png", tmp_path / f"label{i}.png") for i in range(4)]
-    for i, (image_path, label_path) in enumerate(paths):
-        write_picture(image_path, 10, 10, seed=i)
-        write_label(label_path, np.full((10, 10), i, np.uint8))
+    paths = small_pairs(tmp_path, 4)
     cache = PairCache(int(limit_pairs * 400))
     for _ in range(2):
         for i, pair in enumerate(paths):
@@ -132,22 +137,64 @@ def test_the_cache_keeps_what_fits_and_answers_the_same(tmp_path: Path, limit_pa
     assert cache.kept_bytes == 400 * kept_pairs
 
 
-def test_the_cache_drops_what_was_not_asked_for_longest(tmp_path: Path) -> None:
-    paths = [(tmp_path / f"{name}.png", tmp_path / f"label_{name}.png") for name in "abc"]
-    for image_path, label_path in paths:
-        write_picture(image_path, 10, 10)
-        write_label(label_path, np.zeros((10, 10), np.uint8))
-    a, b, c = paths
+def small_pairs(root: Path, count: int) -> list[tuple[Path, Path]]:
+    """Of 400 bytes each when decoded."""
+    pairs = [(root / f"{i}.png", root / f"label{i}.png") for i in range(count)]
+    for i, (image_path, label_path) in enumerate(pairs):
+        write_picture(image_path, 10, 10, seed=i)
+        write_label(label_path, np.full((10, 10), i, np.uint8))
+    return pairs
+
+
+def test_the_cache_keeps_what_came_first(tmp_path: Path) -> None:
+    a, b, c = pairs = small_pairs(tmp_path, 3)
     cache = PairCache(800)
-    for pair in (a, b, a, c):
+    for pair in (a, b, c, c, a):
         cache.pair(*pair)
-    for image_path, label_path in paths:
+    for image_path, label_path in pairs:
         image_path.unlink()
         label_path.unlink()
     cache.pair(*a)
-    cache.pair(*c)
+    cache.pair(*b)
     with pytest.raises(FileNotFoundError):
-        cache.pair(*b)
+        cache.pair(*c)
+
+
+def test_a_picture_too_large_for_what_is_left_leaves_room_for_a_smaller_one(tmp_path: Path) -> None:
+    (small, _) = small_pairs(tmp_path, 2)
+    write_picture(tmp_path / "large.png", 30, 30)
+    write_label(tmp_path / "large_label.png", np.zeros((30, 30), np.uint8))
+    cache = PairCache(500)
+    cache.pair(tmp_path / "large.png", tmp_path / "large_label.png")
+    cache.pair(*small)
+    assert cache.kept_bytes == 400
+
+
+def test_several_threads_keep_to_the_bound_and_count_no_picture_twice(tmp_path: Path) -> None:
+    pairs = small_pairs(tmp_path, 12)
+    cache = PairCache(5 * 400 + 399)
+    with ThreadPoolExecutor(8) as pool:
+        for kept_bytes in pool.map(lambda pair: cache.pair(*pair) and cache.kept_bytes, pairs * 20):
+            assert kept_bytes <= cache.limit_bytes
+        found = list(pool.map(lambda pair: int(cache.pair(*pair)[1][0, 0]), pairs * 5))
+    assert cache.kept_bytes == 5 * 400
+    assert found == list(range(12)) * 5
+
+
+def test_a_picture_that_two_threads_read_at_once_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pair,) = small_pairs(tmp_path, 1)
+    both_read = Barrier(2, timeout=10)
+
+    def slowly(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
+        found = read_pair(image_path, label_path)
+        both_read.wait()
+        return found
+
+    monkeypatch.setattr("svf_fast.train.data.cache.read_pair", slowly)
+    cache = PairCache(1000)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: cache.pair(*pair), range(2)))
+    assert cache.kept_bytes == 400
 
 
 def test_a_negative_cache_is_refused() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from pathlib import Path
 from threading import Lock
 
 from svf_fast.train.data.reading import Bytes, read_pair
 
+DEFAULT_CACHE_BYTES = 512 * 2**20
+
 
 class PairCache:
-    """Picture and label pairs by file; when more than `limit_bytes` are held, the least recently used go first.
+    """Picture and label pairs by file. What came first is kept while it fits into `limit_bytes`, and nothing is dropped for
+    what comes later.
 
-    May be used from several threads. A copy for another process is empty, so that pictures are not sent around.
+    Training meets every picture once an epoch, in a new order each time: of pictures that do not all fit, the ones used
+    least recently are the ones that come next, so that dropping them finds fewer than keeping any fixed set does. May be
+    used from several threads. A copy for another process is empty, so that pictures are not sent around.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -20,7 +24,7 @@ class PairCache:
             raise ValueError(f"limit_bytes is {limit_bytes}; expected 0 (keep nothing) or more")
         self.limit_bytes = limit_bytes
         self.kept_bytes = 0
-        self._pairs: OrderedDict[tuple[Path, Path], tuple[Bytes, Bytes]] = OrderedDict()
+        self._pairs: dict[tuple[Path, Path], tuple[Bytes, Bytes]] = {}
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[PairCache], tuple[int]]:
@@ -29,22 +33,15 @@ class PairCache:
     def pair(self, image_path: Path, label_path: Path) -> tuple[Bytes, Bytes]:
         """Picture [H, W, 3] and label [H, W] as `read_pair` gives them; read-only, because they are shared."""
         key = (image_path, label_path)
-        with self._lock:
-            if key in self._pairs:
-                self._pairs.move_to_end(key)
-                return self._pairs[key]
+        kept = self._pairs.get(key)
+        if kept is not None:
+            return kept
         pair = read_pair(image_path, label_path)  # outside the lock: decoding is the slow part
         for array in pair:
             array.setflags(write=False)
+        pair_bytes = sum(array.nbytes for array in pair)
         with self._lock:
-            if key not in self._pairs:
+            if key not in self._pairs and self.kept_bytes + pair_bytes <= self.limit_bytes:
                 self._pairs[key] = pair
-                self.kept_bytes += _bytes_of(pair)
-            while self.kept_bytes > self.limit_bytes:
-                _, oldest = self._pairs.popitem(last=False)
-                self.kept_bytes -= _bytes_of(oldest)
+                self.kept_bytes += pair_bytes
         return pair
-
-
-def _bytes_of(pair: tuple[Bytes, Bytes]) -> int:
-    return sum(array.nbytes for array in pair)

@@ -6,6 +6,7 @@ interruption changes what is drawn. Knows nothing of models, optimisers or metri
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +19,16 @@ from torch import Tensor
 
 from svf_fast.train.data import VOID
 from svf_fast.train.data.base_labels import base_label_values
-from svf_fast.train.data.cache import PairCache
+from svf_fast.train.data.cache import DEFAULT_CACHE_BYTES, PairCache
 from svf_fast.train.data.chance import generator_of, permutation
+from svf_fast.train.data.memory import SampleMemory, fresh_memory, stacked
 from svf_fast.train.data.reading import Bytes
-from svf_fast.train.data.transforms import Augmentation, augment, fit, to_tensors
-from svf_fast.train.data.voc import Split
+from svf_fast.train.data.split import Split
+from svf_fast.train.data.transforms import Augmentation, augment, fit, normalise
 
 Value = TypeVar("Value")
+Sampler = TypeVar("Sampler", bound="EpisodeSampler")
+Order = Literal["permuted", "list"]  # of the queries in a validation
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,15 @@ def collate(episodes: Sequence[Episode]) -> EpisodeBatch:
     base_labels = _of_all(episode.base_label for episode in episodes)
     categories = _of_all(episode.category for episode in episodes)
     return EpisodeBatch(
-        query_images=torch.stack([episode.query_image for episode in episodes]),
-        query_labels=torch.stack([episode.query_label for episode in episodes]),
-        support_images=torch.stack([episode.support_images for episode in episodes]),
-        support_labels=torch.stack([episode.support_labels for episode in episodes]),
+        query_images=stacked([episode.query_image for episode in episodes]),
+        query_labels=stacked([episode.query_label for episode in episodes]),
+        support_images=stacked([episode.support_images for episode in episodes]),
+        support_labels=stacked([episode.support_labels for episode in episodes]),
         class_ids=tuple(episode.class_id for episode in episodes),
         query_names=tuple(episode.query_name for episode in episodes),
         support_names=tuple(episode.support_names for episode in episodes),
         original_labels=tuple(episode.original_label for episode in episodes),
-        base_labels=None if base_labels is None else torch.stack(base_labels),
+        base_labels=None if base_labels is None else stacked(base_labels),
         original_base_labels=_of_all(episode.original_base_label for episode in episodes),
         categories=None if categories is None else torch.tensor(categories),
     )
@@ -120,7 +124,7 @@ class EpisodeSampler:
         augmentation: Augmentation | None = None,
         *,
         base_classes: Sequence[int] | None = None,
-        cache_bytes: int = 512 * 2**20,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         if shots < 1:
             raise ValueError(f"shots is {shots}; expected at least 1")
@@ -139,8 +143,15 @@ class EpisodeSampler:
         """Number of query pictures; a pass meets each once."""
         return len(self.split)
 
-    def episode(self, pass_index: int, index: int) -> Episode:
-        """The episode whose query is entry `index` of the split, as pass `pass_index` over the split draws it."""
+    def with_seed(self: Sampler, seed: int) -> Sampler:
+        """The same pictures under another seed; both keep their decoded pictures in one cache."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
+    def episode(self, pass_index: int, index: int, memory: SampleMemory = fresh_memory) -> Episode:
+        """The episode whose query is entry `index` of the split, as pass `pass_index` over the split draws it, written
+        into `memory`."""
         if not 0 <= index < len(self):
             raise IndexError(f"index is {index}; the split has {len(self)} query pictures")
         source = generator_of("episode", self.seed, pass_index, index)
@@ -148,20 +159,28 @@ class EpisodeSampler:
         class_id = candidates[source.randint(0, len(candidates) - 1)]
         supports = self._draw_supports(class_id, index, source)
 
+        canvas = (self.size, self.size)
+        query_image = memory("query_image", (3, *canvas), torch.float32)
+        query_label = memory("query_label", canvas, torch.int64)
+        support_images = memory("support_images", (self.shots, 3, *canvas), torch.float32)
+        support_labels = memory("support_labels", (self.shots, *canvas), torch.int64)
         original_image, original_classes = self._load(index, class_id)
-        query_image, query_classes = self._transform(original_image, original_classes, source)
-        transformed = [self._transform(*self._load(support, class_id), source) for support in supports]
+        query_classes = self._transform(original_image, original_classes, source, query_image)
+        query_label.numpy()[...] = _episode_label(query_classes)
+        for support, image, label in zip(supports, support_images, support_labels, strict=True):
+            label.numpy()[...] = _episode_label(self._transform(*self._load(support, class_id), source, image))
         base_label, original_base_label, category = None, None, None
         if self.base_classes is not None:
             values = base_label_values(self.base_classes)[_class_first(class_id)]
-            base_label = _label_tensor(cv2.LUT(query_classes, values))
+            base_label = memory("base_label", canvas, torch.int64)
+            base_label.numpy()[...] = cv2.LUT(query_classes, values)
             original_base_label = torch.from_numpy(cv2.LUT(original_classes, values))
             category = self.base_classes.index(class_id) if class_id in self.base_classes else None
         return Episode(
             query_image=query_image,
-            query_label=_label_tensor(_episode_label(query_classes)),
-            support_images=torch.stack([image for image, _ in transformed]),
-            support_labels=torch.stack([_label_tensor(_episode_label(classes)) for _, classes in transformed]),
+            query_label=query_label,
+            support_images=support_images,
+            support_labels=support_labels,
             class_id=class_id,
             query_name=self.split.entries[index].image,
             support_names=tuple(self.split.entries[support].image for support in supports),
@@ -179,9 +198,7 @@ class EpisodeSampler:
         """Every query index once, in the order of that epoch."""
         return permutation(len(self), generator_of("training order", seed, epoch))
 
-    def validation_indices(
-        self, count: int, seed: int, order: Literal["permuted", "list"] = "permuted"
-    ) -> list[tuple[int, int]]:
+    def validation_indices(self, count: int, seed: int, order: Order = "permuted") -> list[tuple[int, int]]:
         """`count` pairs (pass, index), going over the split as many times as needed.
 
         `permuted` gives each pass a seeded order of its own, so that fewer episodes than pictures still spread over the
@@ -220,14 +237,15 @@ class EpisodeSampler:
         image, label = self._cache.pair(self.split.root / entry.image, self.split.root / entry.label)
         return image, np.asarray(cv2.LUT(label, _class_first(class_id)), np.uint8)
 
-    def _transform(self, image: Bytes, label: Bytes, source: random.Random) -> tuple[Tensor, Bytes]:
-        """The picture as a tensor; the label still as bytes."""
+    def _transform(self, image: Bytes, label: Bytes, source: random.Random, target: Tensor) -> Bytes:
+        """Writes the transformed picture into `target` [3, S, S]; returns the transformed label [S, S]."""
         picture = image.astype(np.float32)
         if self.augmentation is None:
             picture, label = fit(picture, label, self.size)
         else:
             picture, label = augment(picture, label, self.size, self.augmentation, source)
-        return to_tensors(picture, label)[0], label
+        normalise(picture, target.numpy())
+        return label
 
     def _require_enough_supports(self) -> None:
         split = self.split
@@ -254,7 +272,3 @@ def _episode_label(classes: Bytes) -> Bytes:
     values = np.zeros(256, np.uint8)
     values[1], values[VOID] = 1, VOID
     return np.asarray(cv2.LUT(classes, values), np.uint8)
-
-
-def _label_tensor(label: Bytes) -> Tensor:
-    return torch.from_numpy(label.astype(np.int64))

@@ -6,6 +6,7 @@ the raw indices are the class ids. Knows nothing of lists, classes or episodes.
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from pathlib import Path
@@ -32,13 +33,12 @@ def read_image(path: Path) -> Bytes:
     Raises FileNotFoundError for a missing file and ValueError for one that is truncated or no picture.
     """
     content = _read(path)
-    if not _is_complete(content[:_START_BYTES], content):
-        raise _truncated(path)
+    _require_complete(content, path)
     # an empty buffer is an exception in OpenCV, an unknown format None
     decoded = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
     if decoded is None:
         raise _no_picture(path)
-    return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), np.uint8)
+    return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB, dst=decoded), np.uint8)
 
 
 def read_label(path: Path) -> Bytes:
@@ -47,18 +47,12 @@ def read_label(path: Path) -> Bytes:
     Raises FileNotFoundError for a missing file and ValueError for one that is truncated, no picture, or not 8-bit
     single-channel.
     """
-    try:
-        with Image.open(path) as opened:
-            mode, values = opened.mode, np.array(opened)
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except _PILLOW_ERRORS:
-        raise ValueError(f"{path} cannot be decoded as a label image; a whole PNG file is expected") from None
-    if mode not in ("P", "L"):
-        raise ValueError(
-            f"{path} is a label of Pillow mode {mode}; expected one 8-bit channel (palette P or grey L) of class ids"
-        )
-    return values
+    return _label_in(path, path)
+
+
+def decode_label(content: bytes, where: object) -> Bytes:
+    """As `read_label`, of a file's bytes; `where` names the file in an error."""
+    return _label_in(io.BytesIO(content), where)
 
 
 def read_pair(image_path: Path, label_path: Path) -> tuple[Bytes, Bytes]:
@@ -78,17 +72,17 @@ def image_size(path: Path) -> tuple[int, int]:
     # a JPEG's end marker may be followed by other bytes: only then is the whole file read
     if not (_is_complete(start, _read(path, last=_TAIL_BYTES)) or _is_complete(start, _read(path))):
         raise _truncated(path)
-    try:
-        with Image.open(path) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS
-    except _PILLOW_ERRORS:
-        raise _no_picture(path) from None
-    return (width, height) if turned else (height, width)
+    return _size_in(path, path)
+
+
+def encoded_size(content: bytes, where: object) -> tuple[int, int]:
+    """As `image_size`, of a file's bytes; `where` names the file in an error."""
+    _require_complete(content, where)
+    return _size_in(io.BytesIO(content), where)
 
 
 def require_same_size(
-    image_path: Path, image_shape: tuple[int, ...], label_path: Path, label_shape: tuple[int, ...]
+    image_path: object, image_shape: tuple[int, ...], label_path: object, label_shape: tuple[int, ...]
 ) -> None:
     """ValueError naming both files unless the (height, width) pairs are equal."""
     if image_shape != label_shape:
@@ -111,6 +105,44 @@ def _read(path: Path, *, first: int = -1, last: int = 0) -> bytes:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
 
 
+def _label_in(file: Path | io.BytesIO, where: object) -> Bytes:
+    try:
+        with Image.open(file) as opened:
+            mode, values = opened.mode, np.array(opened)
+    except FileNotFoundError:
+        raise _missing(where) from None
+    except _PILLOW_ERRORS:
+        raise ValueError(f"{where} cannot be decoded as a label image; a whole PNG file is expected") from None
+    if mode not in ("P", "L"):
+        raise ValueError(
+            f"{where} is a label of Pillow mode {mode}; expected one 8-bit channel (palette P or grey L) of class ids"
+        )
+    return values
+
+
+def _size_in(file: Path | io.BytesIO, where: object) -> tuple[int, int]:
+    try:
+        with Image.open(file) as opened:
+            width, height = opened.size
+            turned = _orientation(opened) in _EXIF_QUARTER_TURNS
+    except _PILLOW_ERRORS:
+        raise _no_picture(where) from None
+    return (width, height) if turned else (height, width)
+
+
+def _orientation(opened: Image.Image) -> object:
+    """EXIF's alone, as OpenCV reads it: Pillow's own `getexif` also believes what XMP says."""
+    opened.getexif()  # a PNG may have it behind its picture
+    exif = Image.Exif()
+    exif.load(opened.info.get("exif", b""))
+    return exif.get(_EXIF_ORIENTATION)
+
+
+def _require_complete(content: bytes, where: object) -> None:
+    if not _is_complete(content[:_START_BYTES], content):
+        raise _truncated(where)
+
+
 def _is_complete(start: bytes, content: bytes) -> bool:
     """Whether `content`, a whole file or its tail, holds the end marker of the format that the file's `start` shows.
 
@@ -124,13 +156,13 @@ def _is_complete(start: bytes, content: bytes) -> bool:
     return True
 
 
-def _missing(path: Path) -> FileNotFoundError:
+def _missing(path: object) -> FileNotFoundError:
     return FileNotFoundError(f"{path} does not exist")
 
 
-def _truncated(path: Path) -> ValueError:
+def _truncated(path: object) -> ValueError:
     return ValueError(f"{path} is truncated: its end marker is missing")
 
 
-def _no_picture(path: Path) -> ValueError:
+def _no_picture(path: object) -> ValueError:
     return ValueError(f"{path} cannot be decoded as a picture; a JPEG or PNG file is expected")

@@ -1,6 +1,6 @@
 """The field's transforms of a picture and its label, exactly as PFENet, BAM and the SVF paper's code apply them.
 
-Picture and label are arrays (float32 RGB 0–255 [H, W, 3] and uint8 [H, W]) until `to_tensors`. OpenCV does every resize
+Picture and label are arrays (float32 RGB 0–255 [H, W, 3] and uint8 [H, W]) until `normalise`. OpenCV does every resize
 and warp, because its interpolation is part of the field's numbers. Random numbers come from a source that is passed in;
 nothing here reads files or knows of episodes.
 """
@@ -8,24 +8,27 @@ nothing here reads files or knows of episodes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from svf_fast.train.data import VOID
+from svf_fast.train.data import BACKGROUND, VOID
 
 # OpenCV's type stubs know no dtypes, so these two can only be told apart by name
 Picture = NDArray[Any]  # float32 [H, W, 3]
 Label = NDArray[Any]  # uint8 [H, W]
 
+# Which label values are the foreground that a random crop must not lose: `ref` 1 alone, as the field's code has it even
+# for labels of many classes; `any` every class.
+CropKeep = Literal["ref", "any"]
+
 # ImageNet statistics, RGB, for values 0–255
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
+_BLACK = (0.0, 0.0, 0.0)
 _BLUR_KERNEL_PIXELS = (5, 5)
 _CROP_KEEPS_SHARE = 0.85  # of the foreground pixels; a crop with fewer is drawn again
 _CROP_RETRIES = 31
@@ -43,6 +46,16 @@ class RandomSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A picture on a square canvas of one colour that is not filled in: most of it would only be copied and dropped."""
+
+    picture: Picture
+    top: int  # rows of the canvas above the picture
+    left: int  # columns before it
+    border: tuple[float, float, float]  # what the canvas is around it
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """What training draws for a picture. The defaults are Pascal-5i's; COCO-20i has `scale_range=(0.8, 1.25)`."""
 
@@ -51,6 +64,7 @@ class Augmentation:
     rotation_probability: float = 0.5
     blur_probability: float = 0.5
     flip_probability: float = 0.5
+    crop_keep: CropKeep = "ref"
 
     def __post_init__(self) -> None:
         if not 0 < self.scale_range[0] <= self.scale_range[1]:
@@ -66,7 +80,7 @@ class Augmentation:
 
 def augment(
     image: Picture, label: Label, size: int, augmentation: Augmentation, source: RandomSource
-) -> tuple[Picture, Label]:
+) -> tuple[Placed, Label]:
     """The training transforms, in the field's order: scale, rotate, blur, flip, crop to `size` × `size`.
 
     One number of `source` decides each of scale, rotation, blur and flip, whether or not the step then happens (a
@@ -79,10 +93,10 @@ def augment(
         image = blur(image)
     if source.random() < augmentation.flip_probability:
         image, label = flip(image), flip(label)
-    return crop(image, label, size, source)
+    return crop(image, label, size, source, keep=augmentation.crop_keep)
 
 
-def fit(image: Picture, label: Label, size: int) -> tuple[Picture, Label]:
+def fit(image: Picture, label: Label, size: int) -> tuple[Placed, Label]:
     """The test transform: the whole picture, resized into the top-left corner of a `size` × `size` canvas.
 
     The longer side becomes `size`; then each side is rounded down to a multiple of 8. The canvas is 0 in the picture
@@ -95,21 +109,28 @@ def fit(image: Picture, label: Label, size: int) -> tuple[Picture, Label]:
     # the longer side is `size` by definition: `int(long * ratio)` could fall one short
     new_height = _fitted_side(size if height >= width else int(height * ratio))
     new_width = _fitted_side(size if width >= height else int(width * ratio))
-    image_canvas = np.zeros((size, size, 3), np.float32)
-    label_canvas = np.full((size, size), VOID, np.uint8)
-    image_canvas[:new_height, :new_width] = cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
-    label_canvas[:new_height, :new_width] = cv2.resize(label, (new_width, new_height), interpolation=cv2.INTER_NEAREST)
-    return image_canvas, label_canvas
+    fitted = (new_width, new_height)
+    canvas = np.full((size, size), VOID, np.uint8)
+    canvas[:new_height, :new_width] = cv2.resize(label, fitted, interpolation=cv2.INTER_NEAREST)
+    return Placed(cv2.resize(image, fitted, interpolation=cv2.INTER_LINEAR), 0, 0, _BLACK), canvas
 
 
-def to_tensors(image: Picture, label: Label) -> tuple[Tensor, Tensor]:
-    """Normalised float32 [3, H, W] and int64 [H, W]."""
-    planes = np.empty((3, *image.shape[:2]), np.float32)
-    # plane by plane: arithmetic along a last axis of 3 takes NumPy sixteen times as long
-    for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
-        np.subtract(image[:, :, channel], np.float32(mean), out=planes[channel])
-        planes[channel] /= np.float32(std)
-    return torch.from_numpy(planes), torch.from_numpy(label.astype(np.int64))
+def normalise(placed: Placed, planes: NDArray[np.float32]) -> None:
+    """Writes the canvas, with ImageNet's mean taken off and divided by its deviation, into `planes` [3, S, S]."""
+    if placed.picture.dtype != np.float32:  # OpenCV would split it into arrays of its own
+        raise TypeError(f"the picture is {placed.picture.dtype}; expected float32")
+    height, width = placed.picture.shape[:2]
+    rows, columns = slice(placed.top, placed.top + height), slice(placed.left, placed.left + width)
+    inside = list(planes[:, rows, columns])
+    # NumPy takes ten times as long to gather every third number as OpenCV to split, and then to work on whole planes
+    cv2.split(placed.picture, inside)
+    for channel, (plane, part) in enumerate(zip(planes, inside, strict=True)):
+        mean, std = np.float32(MEAN[channel]), np.float32(STD[channel])
+        part -= mean
+        part /= std
+        around = (np.float32(placed.border[channel]) - mean) / std
+        plane[: rows.start] = plane[rows.stop :] = around
+        plane[rows, : columns.start] = plane[rows, columns.stop :] = around
 
 
 def scale(image: Picture, label: Label, factor: float) -> tuple[Picture, Label]:
@@ -138,22 +159,26 @@ def flip(array: NDArray[Any]) -> NDArray[Any]:
     return cv2.flip(array, 1)
 
 
-def crop(image: Picture, label: Label, size: int, source: RandomSource) -> tuple[Picture, Label]:
-    """A random `size` × `size` window; a smaller picture is first padded evenly with mean and void.
+def crop(
+    image: Picture, label: Label, size: int, source: RandomSource, *, keep: CropKeep = "ref"
+) -> tuple[Placed, Label]:
+    """A random `size` × `size` window; a smaller picture is padded evenly with mean and void.
 
-    A window that keeps less than 85 % of the label's foreground (value 1) is drawn again, at most 31 times; the last
-    one stands.
+    A window that keeps less than 85 % of the label's foreground (by `keep` the value 1 or every class) is drawn again, at
+    most 31 times; the last one stands.
     """
-    image, label = _pad(image, label, size)
+    rows_above, columns_before = max(0, size - label.shape[0]) // 2, max(0, size - label.shape[1]) // 2
+    label = _padded(label, size)
     height, width = label.shape
-    foreground = label == 1
+    foreground = label == 1 if keep == "ref" else (label != BACKGROUND) & (label != VOID)
     wanted = _CROP_KEEPS_SHARE * np.count_nonzero(foreground)
     for _ in range(1 + _CROP_RETRIES):
         top, left = source.randint(0, height - size), source.randint(0, width - size)
         window = (slice(top, top + size), slice(left, left + size))
         if np.count_nonzero(foreground[window]) >= wanted:
             break
-    return image[window], label[window]
+    # a side that is padded has one position only, so that no window cuts into the padding
+    return Placed(image[window], rows_above, columns_before, MEAN), label[window]
 
 
 def _between(limits: tuple[float, float], position: float) -> float:
@@ -166,14 +191,9 @@ def _fitted_side(side: int) -> int:
     return max(_SIDE_MULTIPLE, side // _SIDE_MULTIPLE * _SIDE_MULTIPLE)
 
 
-def _pad(image: Picture, label: Label, size: int) -> tuple[Picture, Label]:
+def _padded(label: Label, size: int) -> Label:
     height, width = label.shape
     missing_rows, missing_columns = max(0, size - height), max(0, size - width)
-    if not (missing_rows or missing_columns):
-        return image, label
     top, left = missing_rows // 2, missing_columns // 2
     borders = (top, missing_rows - top, left, missing_columns - left)
-    return (
-        cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=MEAN),
-        cv2.copyMakeBorder(label, *borders, cv2.BORDER_CONSTANT, value=VOID),
-    )
+    return cv2.copyMakeBorder(label, *borders, cv2.BORDER_CONSTANT, value=VOID)
