@@ -1,14 +1,12 @@
-"""The command line: ``svf-fast demo | train-base | train | eval | summary``. Turns arguments into calls and errors into one line;
+"""The command line: ``svf-fast demo | prepare | train-base | train | eval | summary``. Turns arguments into calls and errors into one line;
 decides nothing else. Exit status 0 on success, 2 when the user has to change something, 1 when a run fails or is
 stopped."""
 
 import argparse
 import re
-import statistics
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -21,18 +19,14 @@ from svf_fast.train.assembly import base_rates, build_model
 from svf_fast.train.backbones import build_backbone
 from svf_fast.train.config import load_base_config, load_config, shipped_configs
 from svf_fast.train.engine import TrainingError
+from svf_fast.train.judging import Evaluation, GeneralisedEvaluation, evaluate, evaluate_generalised
 from svf_fast.train.methods.bam import GeneralisedRule
-from svf_fast.train.runs import Evaluation, GeneralisedEvaluation, evaluate, evaluate_generalised, train
+from svf_fast.train.prepare.command import add_prepare
+from svf_fast.train.runs import train
+from svf_fast.train.score_sheet import require_place, score_sheet, score_table, write_score_sheet
+from svf_fast.train.validation import FIVE_SEEDS
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
-# What the table of an evaluation says below its classes, and the field of the scores it is taken from.
-ROWS = {"mIoU": "miou", "FB-IoU": "fb_iou", "foreground IoU": "foreground_iou"}
-BRANCH_ROWS = {
-    "meta branch mIoU": "branches.meta_miou",
-    "meta branch FB-IoU": "branches.meta_fb_iou",
-    "base branch mIoU": "branches.base_miou",
-}
-GENERALISED_ROWS = {"mIoU novel": "novel_miou", "mIoU base": "base_miou", "mIoU all": "miou", "FB-IoU": "fb_iou"}
 USERS_MISTAKES = (
     ValueError,
     FileNotFoundError,
@@ -70,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except (torch.OutOfMemoryError, MemoryError):
         return _fail(
-            "out of memory; a smaller data.size or data.batch, tuning.save=int8 or recompute, or method.recompute=supports "
-            "needs less; a run's last checkpoint stays, --resume goes on from it",
+            "out of memory; a smaller data.size, data.batch or validation.batch, tuning.save=int8 or recompute, or "
+            "method.recompute=supports needs less; a run's last checkpoint stays, --resume goes on from it",
             1,
         )
     except KeyboardInterrupt:
@@ -112,17 +106,30 @@ def _parser() -> _Parser:
     evaluation = commands.add_parser(
         "eval",
         help="mIoU and FB-IoU of a checkpoint on its fold's novel classes",
-        usage="svf-fast eval CHECKPOINT [--episodes N] [--seed S ...] [--shots K] "
-        "[--generalised [--rule R] [--tau T]] [key=value ...]",
+        usage="svf-fast eval CHECKPOINT [--episodes N] [--seed S ... | --five-seeds] [--shots K] "
+        "[--generalised [--rule R] [--tau T]] [--out FILE.json] [key=value ...]",
     )
     evaluation.add_argument("checkpoint", metavar="CHECKPOINT", help="last.pt or best.pt of a run")
     evaluation.add_argument("--episodes", metavar="N", help="default: as in the run's validation")
-    evaluation.add_argument("--seed", metavar="S", nargs="+", type=_seed, default=[], help="one evaluation each")
+    seeds = evaluation.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", metavar="S", nargs="+", type=_seed, default=[], help="one evaluation each")
+    seeds.add_argument(
+        "--five-seeds",
+        dest="seed",
+        action="store_const",
+        const=list(FIVE_SEEDS),
+        help=f"the field's, as --seed {' '.join(map(str, FIVE_SEEDS))}",
+    )
     evaluation.add_argument("--shots", metavar="K", help="default: as in the run's validation")
     evaluation.add_argument("--generalised", action="store_true", help="bam: base and novel classes together")
     evaluation.add_argument("--rule", choices=get_args(GeneralisedRule), help="which branch goes first; default: final")
     evaluation.add_argument("--tau", metavar="T", type=float, help="probability from which it is novel; default: 0.9")
+    evaluation.add_argument(
+        "--out", metavar="FILE.json", type=Path, help="the scores, and where they come from, as JSON"
+    )
     evaluation.set_defaults(run=_eval, takes_overrides=True)
+
+    add_prepare(commands)
 
     summary = commands.add_parser(
         "summary",
@@ -161,6 +168,8 @@ def _train_base(options: argparse.Namespace, overrides: list[str]) -> int:
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     asked = {"episodes": options.episodes, "shots": options.shots}
     overrides += [f"validation.{key}={value}" for key, value in asked.items() if value is not None]
+    if options.out is not None:
+        require_place(options.out)
     console = Console(stderr=True)
     evaluation: Evaluation | GeneralisedEvaluation
     if options.generalised:
@@ -168,36 +177,18 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
         evaluation = evaluate_generalised(
             options.checkpoint, overrides, seeds=options.seed, tau=tau, rule=rule, console=console
         )
-        rows = GENERALISED_ROWS
     else:
         for name in ("rule", "tau"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} is of a generalised evaluation: add --generalised")
         evaluation = evaluate(options.checkpoint, overrides, seeds=options.seed, console=console)
-        rows = ROWS | (BRANCH_ROWS if evaluation.scores[0].branches else {})
-    print(f"{options.checkpoint}: after step {evaluation.iteration}, {evaluation.scores[0].episodes} episodes, in %")
-    print(_table(evaluation, rows))
+    sheet = score_sheet(evaluation)
+    iteration, episodes = evaluation.origin.iteration, evaluation.scores[0].episodes
+    print(f"{options.checkpoint}: after step {iteration}, {episodes} episodes, in %")
+    print(score_table(sheet), flush=True)
+    if options.out is not None:
+        write_score_sheet(options.out, sheet)
     return 0
-
-
-def _table(evaluation: Evaluation | GeneralisedEvaluation, summary: dict[str, str]) -> str:
-    """Per class and over all, one column a seed, in per cent; ``summary`` maps rows to the scores' fields."""
-    scores = evaluation.scores
-    names = {class_id: evaluation.class_names[class_id] for class_id in scores[0].class_iou}
-    rows = [(name, [score.class_iou[class_id] for score in scores]) for class_id, name in names.items()]
-    rows += [(row, [attrgetter(field)(score) for score in scores]) for row, field in summary.items()]
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{f'seed {score.seed}':>12}" for score in scores)]
-    for name, values in rows:
-        line = f"{name:<{width}}" + "".join(f"{100 * value:12.2f}" for value in values)
-        if len(values) > 1:
-            line += f"   mean {100 * statistics.mean(values):6.2f} ± {100 * statistics.stdev(values):.2f}"
-        lines.append(line)
-    asked_for = scores[0].class_episodes
-    absent = [names[class_id] for class_id in asked_for if any(score.class_episodes[class_id] == 0 for score in scores)]
-    if absent:
-        lines.append(f"without an episode under some seed, and counted as 0 there: {', '.join(absent)}")
-    return "\n".join(lines)
 
 
 def _summary(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -2,6 +2,7 @@
 depends on."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -64,6 +65,13 @@ class WorkProgress:
         if not self._console.is_terminal and now_s - self._last_line_s >= PLAIN_LINE_EVERY_S:
             self._last_line_s = now_s
             self.note(f"{name} {done}/{total}  {values}")
+
+    def counter(self, name: str, total: int, done: int = 0) -> Callable[[int], None]:
+        """``begin``, and ``show`` as a function of how many are done."""
+        self.begin(name, done, total)
+        # the first of many small jobs brings the start of processes with it: nothing to reckon the time left from
+        self._last_line_s = time.monotonic()
+        return lambda done: self.show(name, done, total)
 
     def note(self, sentence: str) -> None:
         """A line that stays."""
