@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from svf_fast.train.data import VOID
+from svf_fast.train.label_metrics import EPSILON, confusion
 
-_EPSILON = 1e-10  # in the field's denominators: a class that was never met has IoU 0
 _LABELS = 2  # background and the episode's class
+_LONG = 2  # a longer side of more than so many shorter ones
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Counts:
 
     def iou(self, label: int) -> float:
         """Intersection over union of `label` (0 background, 1 the class), between 0 and 1."""
-        return self.intersection[label] / (self.union[label] + _EPSILON)
+        return self.intersection[label] / (self.union[label] + EPSILON)
 
 
 def logits_at_original_size(logits: Tensor, original_label: Tensor) -> Tensor:
@@ -48,8 +48,18 @@ def logits_at_original_size(logits: Tensor, original_label: Tensor) -> Tensor:
         raise ValueError(f"logits have the shape {list(logits.shape)}; expected [C, S, S]")
     height, width = _require_label(original_label)
     side = max(height, width)
-    resized = functional.interpolate(logits.detach().float()[None], (side, side), mode="bilinear", align_corners=True)
-    return resized[0, :, :height, :width]
+    logits = logits.detach().float()
+    # a batch of one whose strides still say channels_last: with [None] a resize of 61 labels takes five times as long
+    resized = logits.as_strided((1, *logits.shape), (logits.numel(), *logits.stride()))
+    if side > _LONG * min(height, width):
+        # Most of a long picture's square would be cut off, and at some length it fills the memory. So the shorter side
+        # is resized and cut first, then the longer: the same up to rounding.
+        if height < width:
+            resized = _stretch(resized, (side, resized.shape[3]))[:, :, :height]
+        else:
+            resized = _stretch(resized, (resized.shape[2], side))[..., :width]
+        return _stretch(resized, (height, width))[0]
+    return _stretch(resized, (side, side))[0, :, :height, :width]
 
 
 def prediction_at_original_size(logits: Tensor, original_label: Tensor) -> Tensor:
@@ -64,19 +74,7 @@ def prediction_at_original_size(logits: Tensor, original_label: Tensor) -> Tenso
 def count(prediction: Tensor, label: Tensor) -> Counts:
     """Counts of a prediction [H, W] (0 or 1) against a label [H, W] (0, 1, or 255, which is ignored)."""
     _require_label(label)
-    if prediction.shape != label.shape:
-        raise ValueError(
-            f"prediction has the shape {list(prediction.shape)}; expected that of the label, {list(label.shape)}"
-        )
-    # counted on the CPU: one transfer instead of a wait for the device at every check
-    prediction, label = prediction.cpu(), label.cpu()
-    kept = label != VOID
-    predicted, target = prediction[kept].long(), label[kept].long()
-    for name, values in (("prediction", predicted), ("label", target)):
-        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < _LABELS:
-            raise ValueError(f"{name} holds values from {int(values.min())} to {int(values.max())}; expected 0 and 1")
-    table = torch.bincount(_LABELS * target + predicted, minlength=_LABELS**2).tolist()
-    right_background, false_alarm, miss, right_class = table
+    (right_background, false_alarm), (miss, right_class) = confusion(prediction, label, _LABELS).tolist()
     return Counts(
         intersection=(right_background, right_class),
         union=(right_background + false_alarm + miss, right_class + false_alarm + miss),
@@ -138,6 +136,10 @@ class FewShotMetrics:
     def fb_iou(self) -> float:
         """Mean of background and foreground IoU, both from sums over all episodes (not a mean of per-class values)."""
         return (self.total.iou(0) + self.total.iou(1)) / _LABELS
+
+
+def _stretch(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return functional.interpolate(logits, size, mode="bilinear", align_corners=True)
 
 
 def _sum_pairs(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:

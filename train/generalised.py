@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svf_fast.train.batches import load_ahead
+from svf_fast.train.batches import in_batches, load_ahead
 from svf_fast.train.data.episodes import collate
 from svf_fast.train.data.generalised import GeneralisedSampler
 from svf_fast.train.evaluation import logits_at_original_size
-from svf_fast.train.label_metrics import LabelCounts, count_labels
+from svf_fast.train.label_metrics import EPSILON, LabelCounts, count_labels
 from svf_fast.train.methods import BAM
 from svf_fast.train.methods.bam import GeneralisedRule, predict_generalised
 from svf_fast.train.tasks import Watch
-from svf_fast.train.validation import base_label_of, evaluating
+from svf_fast.train.validation import EpisodePlan, base_labels_of, evaluating
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GeneralisedMetrics:
     def scores(self, seed: int) -> GeneralisedScores:
         """What the counts so far say; ``seed`` is for the record."""
         iou = self._counts.iou
-        foreground = self._counts.intersection[1:].sum() / max(self._counts.union[1:].sum(), 1)
+        foreground = self._counts.intersection[1:].sum() / (self._counts.union[1:].sum() + EPSILON)
         return GeneralisedScores(
             novel_miou=float(np.mean(iou[1 + len(self.base) :])),
             base_miou=float(np.mean(iou[1 : 1 + len(self.base)])),
@@ -83,29 +83,32 @@ def generalised_label(base_label: Tensor, episode_label: Tensor, base_classes: i
 def validate_generalised(
     method: BAM,
     source: GeneralisedSampler,
+    plan: EpisodePlan,
     *,
-    episodes: int,
     tau: float,
     rule: GeneralisedRule,
     workers: int,
     device: torch.device,
     watch: Watch,
 ) -> GeneralisedScores:
-    """Scores over the first ``episodes`` pictures of the list (again and again if it is shorter), at their original
-    size. ``tau`` and ``rule`` as in :func:`predict_generalised`; ``watch`` as in :func:`validate`. The method comes
-    back in the mode it was in."""
+    """Scores over the episodes of ``plan`` (the protocol's follow the list's order), at their original size. ``tau`` and
+    ``rule`` as in :func:`predict_generalised`; ``watch`` as in :func:`validate`. The method comes back in the mode it
+    was in."""
     base = source.base_classes
     metrics = GeneralisedMetrics(base, source.split.class_ids)
-    keys = [(key,) for key in source.validation_indices(episodes, source.seed, order="list")]
+    keys = in_batches(source.validation_indices(plan.episodes, plan.seed, plan.order), plan.batch)
+    done = 0
     with evaluating(method), closing(load_ahead(source.episode, collate, keys, workers=workers)) as batches:
-        for done, batch in enumerate(batches, start=1):
+        for batch in batches:
             on_device = batch.to(device)
             outputs = method.outputs(on_device.query_images, on_device.support_images, on_device.support_labels)
-            label = generalised_label(base_label_of(batch), batch.original_labels[0], len(base))
-            final, base_logits = (
-                logits_at_original_size(logits[0], label)[None] for logits in (outputs.final, outputs.base)
-            )
-            prediction = predict_generalised(final, base_logits, tau=tau, rule=rule)
-            metrics.update(prediction[0], label, batch.class_ids[0])
-            watch(done, episodes)
-    return metrics.scores(source.seed)
+            labels = zip(base_labels_of(batch), batch.original_labels, strict=True)
+            for *logits, (base_label, label), class_id in zip(
+                outputs.final, outputs.base, labels, batch.class_ids, strict=True
+            ):
+                truth = generalised_label(base_label, label, len(base))
+                resized = (logits_at_original_size(each, truth)[None] for each in logits)
+                metrics.update(predict_generalised(*resized, tau=tau, rule=rule)[0], truth, class_id)
+            done += len(batch)
+            watch(done, plan.episodes)
+    return metrics.scores(plan.seed)

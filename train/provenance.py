@@ -30,6 +30,11 @@ def describe_machine() -> dict[str, str]:
     }
 
 
+def describe_device(device: torch.device) -> str:
+    """Where a model ran: a GPU's name, else "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
 def commit() -> str:
     """The source tree's git commit, with a mark when files differ from it; "not a git checkout" elsewhere."""
     folder = Path(__file__).resolve().parent

@@ -11,7 +11,7 @@ from torch import nn
 from svf_fast.train.batches import EpisodeSource, SampleKey, TrainingSource, load_ahead
 from svf_fast.train.data.episodes import EpisodeBatch, collate
 from svf_fast.train.methods import Losses, MetaLearner
-from svf_fast.train.validation import validate
+from svf_fast.train.validation import EpisodePlan, validate
 
 Watch = Callable[[int, int], None]  # how many of how many are done; what it raises ends the validation
 
@@ -49,18 +49,17 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class EpisodeTask:
-    """Meta-training on episodes of the base classes, judged on ``episodes`` episodes of the novel ones under ``seed``.
+    """Meta-training on episodes of the base classes, judged on the episodes of the novel ones that ``plan`` names.
     ``class_names`` are those of the novel classes, by id."""
 
     training: EpisodeSource
     validation: EpisodeSource
     class_names: dict[int, str]
-    episodes: int
-    seed: int
+    plan: EpisodePlan
 
     @property
     def judged(self) -> int:
-        return self.episodes
+        return self.plan.episodes
 
     def load(self, keys: Iterable[tuple[SampleKey, ...]], workers: int) -> Generator[EpisodeBatch, None, None]:
         return load_ahead(self.training.episode, collate, keys, workers=workers)
@@ -73,8 +72,7 @@ class EpisodeTask:
             method,
             self.validation,
             tuple(self.class_names),
-            episodes=self.episodes,
-            seed=self.seed,
+            self.plan,
             workers=workers,
             device=device,
             watch=watch,

@@ -1,4 +1,4 @@
-"""Scores against a slow count by hand, and against recorded counts of the field's code."""
+"""Scores against a slow count by hand, against a second implementation, and against recorded counts of the field's code."""
 
 import importlib.util
 import json
@@ -9,10 +9,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from svf_fast.train.evaluation import Counts, FewShotMetrics, count, prediction_at_original_size
+from svf_fast.train.evaluation import (
+    Counts,
+    FewShotMetrics,
+    count,
+    logits_at_original_size,
+    prediction_at_original_size,
+)
 
 GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
-SHAPES = [(1, 1), (1, 7), (9, 1), (33, 50), (50, 33), (64, 64)]
+SHAPES = [(1, 1), (1, 7), (9, 1), (5, 3), (33, 50), (50, 33), (64, 64), (90, 4), (6, 100)]
 
 
 def random_label(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
@@ -61,6 +67,14 @@ def test_logits_in_low_precision_and_with_a_graph_are_taken() -> None:
     assert torch.equal(prediction, expected)
 
 
+@pytest.mark.parametrize("shape", [(20, 31), (60, 7)])
+def test_logits_may_lie_in_memory_in_any_order(shape: tuple[int, int]) -> None:
+    batch, label = torch.randn(3, 16, 9, 9, generator=torch.Generator().manual_seed(0)), torch.zeros(shape)
+    expected = logits_at_original_size(batch[1], label)
+    for given in (batch.to(memory_format=torch.channels_last)[1], batch[1].mT.contiguous().mT, batch.flip(0)[1]):
+        torch.testing.assert_close(logits_at_original_size(given, label), expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_counts_are_those_of_a_loop_over_pixels(shape: tuple[int, int]) -> None:
     label = random_label(shape)
@@ -75,6 +89,64 @@ def test_counts_are_those_of_a_loop_over_pixels(shape: tuple[int, int]) -> None:
 
 def test_a_void_label_counts_nothing() -> None:
     assert count(torch.ones(5, 5), torch.full((5, 5), 255, dtype=torch.uint8)) == Counts()
+
+
+@pytest.mark.parametrize("is_tall", [True, False])
+def test_a_long_picture_needs_no_square_of_its_side(is_tall: bool) -> None:
+    # whose logits would be 80 GB
+    label = torch.zeros((100_000, 3), dtype=torch.uint8)
+    logits = torch.stack([torch.zeros(9, 9), torch.linspace(-1, 0.5, 9)[:, None].expand(9, 9)])
+    if not is_tall:
+        label, logits = label.mT, logits.mT
+    # of every column the last third
+    assert int(prediction_at_original_size(logits, label).sum()) == pytest.approx(100_000, rel=1e-3)
+
+
+def slow_scores(
+    episodes: list[tuple[np.ndarray, np.ndarray, int]], classes: tuple[int, ...]
+) -> tuple[dict[int, float], float, float]:
+    """Class IoU, mIoU and FB-IoU by plain loops in double precision, from the specification's words alone."""
+    found = {(class_id, value): [0, 0] for class_id in classes for value in (0, 1)}
+    for logits, label, class_id in episodes:
+        height, width = label.shape
+        last = max(height, width) - 1
+        for row in range(height):
+            for column in range(width):
+                if label[row, column] == 255:
+                    continue
+                y, x = (at * (logits.shape[1] - 1) / last if last else 0.0 for at in (row, column))
+                top, left = min(int(y), logits.shape[1] - 2), min(int(x), logits.shape[1] - 2)
+                corners = logits[:, top : top + 2, left : left + 2]
+                heights, widths = np.array([top + 1 - y, y - top]), np.array([left + 1 - x, x - left])
+                background, foreground = np.einsum("crs,r,s->c", corners, heights, widths)
+                predicted, target = int(foreground > background), int(label[row, column])
+                for value in (0, 1):
+                    found[class_id, value][0] += predicted == value == target
+                    found[class_id, value][1] += value in (predicted, target)
+    iou = {class_id: found[class_id, 1][0] / (found[class_id, 1][1] + 1e-10) for class_id in classes}
+    sums = [[sum(found[class_id, value][part] for class_id in classes) for part in (0, 1)] for value in (0, 1)]
+    return iou, sum(iou.values()) / len(classes), sum(inner / (outer + 1e-10) for inner, outer in sums) / 2
+
+
+def test_scores_are_those_of_a_second_implementation() -> None:
+    classes = tuple(range(2, 78, 4))  # interleaved as COCO-20i's, and 19 of 20: the last is met by no episode
+    rng = np.random.default_rng(0)
+    metrics, episodes = FewShotMetrics((*classes, 78)), []
+    for number, shape in enumerate(SHAPES * 3):
+        logits = rng.standard_normal((2, 9, 9)).astype(np.float32)
+        label = np.asarray(random_label(shape, seed=number))
+        if number == 4:
+            label = np.full_like(label, 255)
+        if number == 5:
+            logits[1] = -9  # nothing is found
+        episodes.append((logits, label, classes[number % len(classes)]))
+        metrics.update(torch.from_numpy(logits), torch.from_numpy(label), episodes[-1][2])
+    iou, miou, fb_iou = slow_scores(episodes, (*classes, 78))
+    assert metrics.class_iou == pytest.approx(iou, abs=1e-12)
+    assert (metrics.miou, metrics.fb_iou) == pytest.approx((miou, fb_iou), abs=1e-12)
+    assert metrics.class_iou[78] == 0
+    assert metrics.episodes[78] == 0
+    assert all(type(pixels) is int for pixels in (*metrics.total.intersection, *metrics.total.union))
 
 
 def test_metrics_are_sums_per_class_and_over_all_classes() -> None:

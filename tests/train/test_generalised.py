@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from method_cases import InDouble
 from torch import Tensor, nn
 from voc_folders import draw, write_folder
 
@@ -15,7 +16,8 @@ from svf_fast.train.backbones import BackboneConfig, build_backbone
 from svf_fast.train.data.generalised import GeneralisedSampler
 from svf_fast.train.data.voc import VOCFolder
 from svf_fast.train.generalised import GeneralisedMetrics, generalised_label, validate_generalised
-from svf_fast.train.methods.bam import BAM, BAMOutputs
+from svf_fast.train.methods.bam import BAMOutputs
+from svf_fast.train.validation import EpisodePlan
 
 BASE, NOVEL = (1, 3), (2, 4)
 
@@ -141,7 +143,7 @@ def test_rules_and_tau_decide_between_the_branches(
     scores = validate_generalised(
         method,  # type: ignore[arg-type]
         sampler,
-        episodes=7,
+        EpisodePlan(7, sampler.seed, "list"),
         tau=tau,
         rule=rule,  # type: ignore[arg-type]
         workers=0,
@@ -154,20 +156,21 @@ def test_rules_and_tau_decide_between_the_branches(
     assert (scores.novel_miou > 0, scores.base_miou > 0) == (expected_is_novel, not expected_is_novel)
 
 
-def test_scores_do_not_depend_on_the_workers_and_follow_the_lists_order(sampler: GeneralisedSampler) -> None:
+def test_scores_depend_neither_on_the_workers_nor_on_the_batch(sampler: GeneralisedSampler) -> None:
     backbone = build_backbone(BackboneConfig(width=4, blocks=(1, 1, 1, 1)))
-    method = BAM(backbone, base_classes=2, shots=1, head_width=8)
-    scores = [
+    method = InDouble(backbone, base_classes=2, shots=1, head_width=8).double()
+    found = [
         validate_generalised(
             method,
             sampler,
-            episodes=4,
+            EpisodePlan(5, sampler.seed, "list", batch=batch),
             tau=0.4,
             rule="final",
             workers=workers,
             device=torch.device("cpu"),
             watch=lambda done, total: None,
         )
-        for workers in (0, 2)
+        for workers, batch in ((0, 1), (2, 1), (2, 2))
     ]
-    assert scores[0] == scores[1]
+    assert found[0] == found[1] == found[2]
+    assert 0 < found[0].fb_iou < 1

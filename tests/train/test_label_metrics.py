@@ -55,6 +55,8 @@ def test_nothing_met_is_zero() -> None:
     [
         ([[0, 3]], [[0, 1]], "prediction holds values from 0 to 3; expected 0 to 2"),
         ([[0, 1]], [[0, 4]], "label holds values from 0 to 4; expected 0 to 2"),
+        ([[0, 256]], [[0, 1]], "prediction holds values from 0 to 256; expected 0 to 2"),
+        ([[0, 1]], [[0, -1]], "label holds values from -1 to 0; expected 0 to 2"),
         ([[0, 1]], [[0]], r"prediction has the shape \[1, 2\]; expected that of the label, \[1, 1\]"),
     ],
 )

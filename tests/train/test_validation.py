@@ -1,22 +1,30 @@
-"""What BAM's validation says of its branches, against the same figures put together by hand."""
+"""What a validation asks for, that a batch changes no count, and what BAM's says of its branches, against the same
+figures put together by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
+from method_cases import InDouble
 from torch import Tensor
 from torch.nn import functional
 from voc_folders import draw, write_folder
 
 from svf_fast.train.backbones import BackboneConfig, build_backbone
-from svf_fast.train.data.episodes import EpisodeSampler, collate
+from svf_fast.train.batches import EpisodeSource
+from svf_fast.train.data.episodes import Episode, EpisodeSampler, collate
+from svf_fast.train.data.memory import SampleMemory
 from svf_fast.train.data.voc import VOCFolder
 from svf_fast.train.evaluation import FewShotMetrics
 from svf_fast.train.methods import BAM
 from svf_fast.train.methods.bam import BAMOutputs
-from svf_fast.train.validation import Scores, validate
+from svf_fast.train.validation import FIVE_SEEDS, EpisodePlan, Scores, ValidationStopped, validate
 
 BASE, NOVEL = (1, 3), (2, 4)
+PLAN = EpisodePlan(episodes=6, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +43,11 @@ class Guesses(BAM):
 
     def outputs(self, query_image: Tensor, support_images: Tensor, support_labels: Tensor) -> BAMOutputs:
         assert not self.training
-        generator = torch.Generator().manual_seed(int(query_image.abs().sum()))
-        maps = [torch.randn(1, labels, 7, 7, generator=generator) for labels in (2, 2, 3)]
+        generators = [torch.Generator().manual_seed(int(picture.abs().sum())) for picture in query_image]
+        maps = [
+            torch.stack([torch.randn(labels, 7, 7, generator=generator) for generator in generators])
+            for labels in (2, 2, 3)
+        ]
         return BAMOutputs(*(functional.interpolate(guess, query_image.shape[-2:]) for guess in maps))
 
 
@@ -46,21 +57,25 @@ def method() -> BAM:
     return Guesses(backbone, base_classes=2, shots=1, head_width=8)
 
 
-def scores_of(method: BAM, sampler: EpisodeSampler, episodes: int = 6) -> Scores:
-    return validate(
-        method,
-        sampler,
-        NOVEL,
-        episodes=episodes,
-        seed=1,
-        workers=0,
-        device=torch.device("cpu"),
-        watch=lambda done, total: None,
-    )
+@pytest.fixture(scope="module")
+def sampler(folder: VOCFolder) -> EpisodeSampler:
+    return EpisodeSampler(folder.split("list.txt", NOVEL), 1, 49, 1, base_classes=BASE)
 
 
-def test_branches_are_scored_at_the_original_size_against_their_own_labels(folder: VOCFolder, method: BAM) -> None:
-    sampler = EpisodeSampler(folder.split("list.txt", NOVEL), 1, 49, 1, base_classes=BASE)
+def scores_of(
+    method: BAM,
+    source: EpisodeSource,
+    plan: EpisodePlan = PLAN,
+    *,
+    workers: int = 0,
+    watch: Callable[[int, int], None] = lambda done, total: None,
+) -> Scores:
+    return validate(method, source, NOVEL, plan, workers=workers, device=torch.device("cpu"), watch=watch)
+
+
+def test_branches_are_scored_at_the_original_size_against_their_own_labels(
+    sampler: EpisodeSampler, method: BAM
+) -> None:
     scores = scores_of(method, sampler)
     final, meta = FewShotMetrics(NOVEL), FewShotMetrics(NOVEL)
     found, either, shown = [0, 0], [0, 0], [0, 0]
@@ -95,3 +110,73 @@ def test_branches_are_scored_at_the_original_size_against_their_own_labels(folde
 def test_a_source_without_base_labels_is_refused(folder: VOCFolder, method: BAM) -> None:
     with pytest.raises(ValueError, match="the episodes hold no base labels, which BAM needs"):
         scores_of(method, EpisodeSampler(folder.split("list.txt", NOVEL), 1, 49))
+
+
+@pytest.mark.parametrize("batch", [2, 4, 9])
+def test_a_batch_changes_no_count(sampler: EpisodeSampler, method: BAM, batch: int) -> None:
+    one_by_one = scores_of(method, sampler)
+    together = scores_of(method, sampler, EpisodePlan(6, 1, batch=batch), workers=2)
+    assert together == one_by_one
+
+
+def test_a_methods_forward_is_that_of_each_episode(folder: VOCFolder) -> None:
+    backbone = build_backbone(BackboneConfig(width=4, blocks=(1, 1, 1, 1)))
+    method = InDouble(backbone, base_classes=2, shots=2, head_width=8).double()
+    source = EpisodeSampler(folder.split("list.txt", NOVEL), 2, 49, 1, base_classes=BASE)
+    found = [scores_of(method, source, EpisodePlan(6, 1, batch=batch)) for batch in (1, 4)]
+    assert found[0] == found[1]
+    assert 0 < found[0].fb_iou < 1
+
+
+def test_progress_is_told_after_every_batch_and_may_stop_the_validation(sampler: EpisodeSampler, method: BAM) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def stop_at_4(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done == 4:
+            raise ValidationStopped
+
+    with pytest.raises(ValidationStopped):
+        scores_of(method.train(), sampler, EpisodePlan(7, 1, batch=2), workers=2, watch=stop_at_4)
+    assert seen == [(2, 7), (4, 7)]
+    assert method.training
+    scores_of(method, sampler, EpisodePlan(7, 1, batch=2), watch=lambda done, total: seen.append((done, total)))
+    assert seen[2:] == [(2, 7), (4, 7), (6, 7), (7, 7)]
+
+
+class Recorded(EpisodeSampler):
+    """Remembers which episodes it was asked for."""
+
+    asked: list[tuple[str, int, tuple[str, ...]]]
+
+    def episode(self, pass_index: int, index: int, memory: SampleMemory | None = None) -> Episode:
+        found = super().episode(pass_index, index)
+        self.asked.append((found.query_name, found.class_id, found.support_names))
+        return found
+
+
+def asked_of(folder: VOCFolder, method: BAM, plan: EpisodePlan) -> list[tuple[str, int, tuple[str, ...]]]:
+    source = Recorded(folder.split("list.txt", NOVEL), 1, 49, plan.seed, base_classes=BASE)
+    source.asked = []
+    scores_of(method, source, plan)
+    return source.asked
+
+
+def test_list_order_goes_over_the_list_again_and_again_whatever_the_seed(folder: VOCFolder, method: BAM) -> None:
+    first, second = (asked_of(folder, method, EpisodePlan(13, seed, "list", batch=3)) for seed in (1, 2))
+    names = [f"JPEGImages/picture_{i}.jpg" for i in range(6)]
+    assert [query for query, _, _ in first] == (names * 3)[:13]
+    # a seed draws the supports, and every pass draws anew
+    assert [query for query, _, _ in second] == [query for query, _, _ in first]
+    assert first != second
+    assert first[:6] != first[6:12]
+
+
+def test_permuted_order_belongs_to_the_seed(folder: VOCFolder, method: BAM) -> None:
+    orders = [[query for query, _, _ in asked_of(folder, method, EpisodePlan(6, seed))] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2])
+
+
+def test_the_five_seeds_are_those_of_numpys_legacy_generator() -> None:
+    assert list(FIVE_SEEDS) == np.random.RandomState(123).randint(0, 1000, 5).tolist()

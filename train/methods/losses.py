@@ -3,6 +3,7 @@ Knows no method and no data set."""
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,5 +48,7 @@ class TrainingBatch(Protocol):
 
 def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Mean cross-entropy over the pixels of the whole batch that are not void: logits [B, C, S, S], label [B, S, S]
-    int64."""
-    return F.cross_entropy(logits, label, ignore_index=IGNORED_LABEL)
+    int64. 0, with a gradient of zeros, where all are void."""
+    mean = F.cross_entropy(logits, label, ignore_index=IGNORED_LABEL)
+    # The mean of no pixel is NaN, its gradient zeros. Chosen on the device, without waiting for it.
+    return torch.where((label != IGNORED_LABEL).any(), mean, 0.0)
