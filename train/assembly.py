@@ -2,6 +2,7 @@
 The one place that knows both the configuration's keys and the constructors behind them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from svf_fast.train.base_learner import base_learner_state
 from svf_fast.train.config import BaseConfig, Config, ConfigError, PicturesConfig, StageConfig
 from svf_fast.train.data.base_labels import BasePictures
 from svf_fast.train.data.episodes import EpisodeSampler
+from svf_fast.train.data.folds import FOLD_RULES, Fold, fold_of, read_folds
 from svf_fast.train.data.generalised import GeneralisedSampler
+from svf_fast.train.data.split import Split
 from svf_fast.train.data.transforms import Augmentation
-from svf_fast.train.data.voc import Split, VOCFolder, pascal_fold
+from svf_fast.train.data.voc import VOCFolder
 from svf_fast.train.method_config import METHOD_OPTIONS
 from svf_fast.train.methods import BAM, MetaLearner, PSPNet, build_method
 from svf_fast.train.methods.pspnet import load_base_learner
@@ -56,13 +59,13 @@ def build_model(config: Config, *, pretrained: bool) -> Model:
 
 def _load_base_learner(method: MetaLearner, backbone: Backbone, config: Config) -> None:
     """Fill the method's backbone, and BAM's base branch, from ``method.base_learner``."""
-    path, fold = str(config.method.base_learner), config.data.fold
+    path, fold = str(config.method.base_learner), fold_in(config.data)
     state = base_learner_state(path, fold, config.backbone)
     try:
         if isinstance(method, BAM):
             method.load_base_learner(state)
         else:  # the stages are the method's own modules: a base learner around them fills them, and is gone again
-            load_base_learner(PSPNet(backbone, classes=len(pascal_fold(fold).base)), state)
+            load_base_learner(PSPNet(backbone, classes=len(fold.base)), state)
     except ValueError as error:
         raise ConfigError(f"method.base_learner={path} is of no use here: {error}") from error
 
@@ -82,36 +85,60 @@ def _method_options(config: Config) -> dict[str, Any]:
         if getattr(method, name) is not None:
             options[name] = getattr(method, name)
     if method.name == "bam":
-        options |= {"base_classes": len(pascal_fold(config.data.fold).base), "shots": config.data.shots}
+        options |= {"base_classes": len(fold_in(config.data).base), "shots": config.data.shots}
     return options
+
+
+def fold_in(data: PicturesConfig) -> Fold:
+    """The fold that ``data.folds`` and ``data.fold`` name. ConfigError when ``data.root`` is needed for it and not set,
+    ValueError or FileNotFoundError for a file of own folds that is of no use."""
+    if data.folds in FOLD_RULES:
+        return fold_of(data.folds, data.fold)
+    if data.root is None:
+        raise ConfigError(f"data.root is not set, but data.folds={data.folds} is a file of the data's folder: give it")
+    path = Path(data.root) / data.folds
+    folds = read_folds(path, VOCFolder(data.root).classes)
+    if data.fold >= len(folds):
+        raise ConfigError(f"data.fold is {data.fold}, expected 0 to {len(folds) - 1}: the folds of {path}")
+    return folds[data.fold]
 
 
 def training_sampler(config: Config) -> EpisodeSampler:
     """Episodes of the fold's base classes with augmentation. ConfigError when they do not fill one batch."""
     data = config.data
-    fold = pascal_fold(data.fold)
+    fold = fold_in(data)
     dropped = fold.novel if data.drop_novel_images else ()
     split = _folder(data).split(_list_file(data.train_list, data), fold.base, drop_images_with=dropped)
     _require_one_batch(split, data)
     augmentation = Augmentation(scale_range=data.scale_range)
     base_classes = _base_classes(config)
-    return EpisodeSampler(split, data.shots, data.size, config.run.seed, augmentation, base_classes=base_classes)
+    return EpisodeSampler(
+        split,
+        data.shots,
+        data.size,
+        config.run.seed,
+        augmentation,
+        base_classes=base_classes,
+        cache_bytes=data.cache_bytes,
+    )
 
 
 def validation_sampler(config: Config, *, seed: int) -> EpisodeSampler:
     """Episodes of the fold's novel classes under the test transform."""
     data = config.data
-    split = _folder(data).split(_list_file(data.val_list, data), pascal_fold(data.fold).novel)
+    split = _folder(data).split(_list_file(data.val_list, data), fold_in(data).novel)
     shots = config.validation.shots or data.shots
-    return EpisodeSampler(split, shots, data.size, seed, base_classes=_base_classes(config))
+    return EpisodeSampler(
+        split, shots, data.size, seed, base_classes=_base_classes(config), cache_bytes=data.cache_bytes
+    )
 
 
 def generalised_sampler(config: Config, *, seed: int) -> GeneralisedSampler:
     """Episodes of generalised few-shot segmentation over every picture of the validation list."""
     data = config.data
-    fold = pascal_fold(data.fold)
+    fold = fold_in(data)
     split = _folder(data).whole(_list_file(data.val_list, data), fold.novel)
-    return GeneralisedSampler(split, fold.base, data.shots, data.size, seed)
+    return GeneralisedSampler(split, fold.base, data.shots, data.size, seed, cache_bytes=data.cache_bytes)
 
 
 def build_base_learner(config: BaseConfig, *, pretrained: bool) -> tuple[PSPNet, list[ParameterGroup]]:
@@ -120,7 +147,7 @@ def build_base_learner(config: BaseConfig, *, pretrained: bool) -> tuple[PSPNet,
     if pretrained and config.backbone.weights is not None:
         load_backbone_weights(backbone, config.backbone.weights)
     stages = tuple(f"{stage}." for stage in backbone.channels)
-    learner = PSPNet(backbone, classes=len(pascal_fold(config.data.fold).base), seed=config.run.seed)
+    learner = PSPNet(backbone, classes=len(fold_in(config.data).base), seed=config.run.seed)
     learner = learner.to(memory_format=torch.channels_last)
     named = list(learner.named_parameters())
     head = [parameter for name, parameter in named if not name.startswith(stages)]
@@ -133,18 +160,20 @@ def build_base_learner(config: BaseConfig, *, pretrained: bool) -> tuple[PSPNet,
 
 
 def base_training_pictures(config: BaseConfig) -> BasePictures:
-    """Every picture of the training list with augmentation. ConfigError when they do not fill one batch."""
-    data, fold = config.data, pascal_fold(config.data.fold)
-    split = _folder(data).whole(_list_file(data.train_list, data), fold.base)
+    """The pictures of the training list with augmentation. ConfigError when they do not fill one batch."""
+    data, fold = config.data, fold_in(config.data)
+    dropped = fold.novel if data.base_filter else ()
+    split = _folder(data).whole(_list_file(data.train_list, data), fold.base, drop_images_with=dropped)
     _require_one_batch(split, data)
-    return BasePictures(split, fold.base, data.size, config.run.seed, Augmentation(scale_range=data.scale_range))
+    augmentation = Augmentation(scale_range=data.scale_range, crop_keep=data.crop_keep)
+    return BasePictures(split, fold.base, data.size, config.run.seed, augmentation, cache_bytes=data.cache_bytes)
 
 
 def base_validation_pictures(config: BaseConfig) -> BasePictures:
     """Every picture of the validation list under the test transform."""
-    data, fold = config.data, pascal_fold(config.data.fold)
+    data, fold = config.data, fold_in(config.data)
     split = _folder(data).whole(_list_file(data.val_list, data), fold.base)
-    return BasePictures(split, fold.base, data.size, config.run.seed)
+    return BasePictures(split, fold.base, data.size, config.run.seed, cache_bytes=data.cache_bytes)
 
 
 def base_rates(config: StageConfig, groups: list[ParameterGroup]) -> dict[str, float]:
@@ -172,7 +201,14 @@ def choose_device(name: str) -> torch.device:
 def _folder(data: PicturesConfig) -> VOCFolder:
     if data.root is None:
         raise ConfigError("data.root is not set: give the data's folder in the file or as data.root=...")
-    return VOCFolder(data.root)
+    folder = VOCFolder(data.root)
+    if data.folds in FOLD_RULES and set(folder.classes) != set(FOLD_RULES[data.folds].class_ids):
+        raise ConfigError(
+            f"data.folds is {data.folds}, a rule for the classes 1 to {FOLD_RULES[data.folds].classes}, but "
+            f"{folder.root / 'classes.txt'} lists {len(folder.classes)} classes ({sorted(folder.classes)}): give another "
+            "rule, or a JSON file of own folds"
+        )
+    return folder
 
 
 def _list_file(name: str, data: PicturesConfig) -> str:
@@ -186,4 +222,4 @@ def _require_one_batch(split: Split, data: PicturesConfig) -> None:
 
 def _base_classes(config: Config) -> tuple[int, ...] | None:
     """Of the fold, where the method asks for base labels."""
-    return pascal_fold(config.data.fold).base if config.method.name == "bam" else None
+    return fold_in(config.data).base if config.method.name == "bam" else None

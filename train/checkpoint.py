@@ -4,15 +4,15 @@ There is no generator state in it: everything random in a run derives from (seed
 so the iteration number is the whole state. Knows tensors by their names, not what they mean.
 """
 
-import os
 import pickle
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
+
+from svf_fast.train.files import write_atomically
 
 FORMAT = "svf_fast checkpoint"
 VERSION = 1
@@ -34,6 +34,9 @@ class RunState:
     validations_since_best: int = 0
     # which pictures the run trains and validates on (runs.py), so that a resumed one goes on with the same
     data: str = ""
+    # of the fold that the run trains on; empty in files of older versions
+    novel: tuple[int, ...] = ()
+    base: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,34 +103,8 @@ def load_method_state(method: nn.Module, checkpoint: Checkpoint, path: str | Pat
         raise CheckpointError(f"{path} does not hold the model that its own settings describe") from error
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call ``write`` with a binary file that takes the place of ``path`` only when everything is on the disk."""
-    part = path.with_name(f".{path.name}.part")  # one name a target: what a crash leaves is overwritten, never piled up
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
-
-
 def _save(content: dict[str, Any], file: IO[bytes]) -> None:
     try:
         torch.save(content, file)
     except RuntimeError as error:  # how PyTorch's zip writer reports a disk that took less than it gave
         raise OSError(f"writing the checkpoint failed: {str(error).splitlines()[0]}") from error
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename survive a power cut; only POSIX lets a folder be opened for that."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

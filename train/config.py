@@ -10,6 +10,9 @@ from typing import Any, TypeVar, overload
 import yaml
 
 from svf_fast.train.backbones import BackboneConfig
+from svf_fast.train.data.episodes import Order
+from svf_fast.train.data.folds import FOLD_RULES
+from svf_fast.train.data.transforms import CropKeep
 from svf_fast.train.method_config import BASE_LEARNER, BaseLearnerConfig, MethodConfig
 from svf_fast.train.schedule import Schedule
 from svf_fast.train.schema import (
@@ -48,15 +51,17 @@ __all__ = [
 
 Stage = TypeVar("Stage", bound="StageConfig")
 
+MOST_EPISODES = 1_000_000  # a validation: their keys are made at once
 SHIPPED_FOLDER = Path(__file__).resolve().parent / "configs"
 
 
 @dataclass(frozen=True)
 class PicturesConfig:
-    """A folder in Pascal-VOC layout and how pictures are drawn from it; list files are relative to ``root``, ``{fold}``
-    in their names stands for the fold."""
+    """A folder in Pascal-VOC layout and how pictures are drawn from it; files are relative to ``root``, ``{fold}`` in the
+    names of lists stands for the fold. A list may be a fold index (.json)."""
 
     root: str | None = None
+    folds: str = "pascal"  # a rule of FOLD_RULES, or a JSON file of own folds
     fold: int = 0
     train_list: str = "lists/fold{fold}_train.txt"
     val_list: str = "lists/fold{fold}_val.txt"
@@ -64,14 +69,27 @@ class PicturesConfig:
     batch: int = 8  # samples a step
     scale_range: tuple[float, float] = (0.9, 1.1)  # of the random rescaling in training
     workers: int = 2  # threads that load ahead; results do not depend on it
+    # MiB of decoded pictures that are kept, of each list: 512 hold Pascal's validation lists, 4,300 its whole training list
+    cache_mb: int = 512
 
     def __post_init__(self) -> None:
-        require(self, "fold", self.fold in range(4), "0 to 3")
+        is_rule = self.folds in FOLD_RULES
+        known = ", ".join(FOLD_RULES)
+        require(self, "folds", is_rule or self.folds.endswith(".json"), f"{known}, or a .json file of own folds")
+        # how many folds a file has is known when it is read
+        last = FOLD_RULES[self.folds].folds - 1 if is_rule else math.inf
+        require(self, "fold", 0 <= self.fold <= last, f"0 to {last}" if is_rule else "0 or more")
         require(self, "size", self.size > 8 and (self.size - 1) % 8 == 0, "a multiple of 8 plus 1, such as 161 or 473")
         require(self, "batch", self.batch > 0, "1 or more")
         low, high = self.scale_range
         require(self, "scale_range", 0 < low <= high < math.inf, "two numbers above 0, the smaller first")
         require(self, "workers", self.workers >= 0, "0 or more")
+        require(self, "cache_mb", self.cache_mb >= 0, "0 (keep nothing) or more")
+
+    @property
+    def cache_bytes(self) -> int:
+        """``cache_mb`` in bytes."""
+        return self.cache_mb * 2**20
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,14 @@ class DataConfig(PicturesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "shots", self.shots > 0, "1 or more")
+
+
+@dataclass(frozen=True)
+class BasePicturesConfig(PicturesConfig):
+    """Whole pictures under base labels."""
+
+    crop_keep: CropKeep = "ref"  # which pixels a random crop must keep: of the first base class; any: of every class
+    base_filter: bool = False  # true: no training image shows a novel class, which is background otherwise
 
 
 @dataclass(frozen=True)
@@ -186,12 +212,15 @@ class ValidationConfig(CadenceConfig):
     episodes: int = 1000
     seed: int = 321
     shots: int | None = None  # null: as in training
+    order: Order = "permuted"  # list: the list file's, as the field has it; the seed then draws class and supports only
+    batch: int = 1  # episodes in one forward; each is scored for itself
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "episodes", self.episodes > 0, "1 or more")
+        require(self, "episodes", 0 < self.episodes <= MOST_EPISODES, f"1 to {MOST_EPISODES:,}")
         require(self, "seed", 0 <= self.seed < 2**63, "0 or more, below 2^63")
         require(self, "shots", self.shots is None or self.shots > 0, "1 or more, or null")
+        require(self, "batch", self.batch > 0, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -264,6 +293,7 @@ class Config(StageConfig):
 class BaseConfig(StageConfig):
     """One run of BAM's first stage: the base learner, trained on whole pictures of all base classes."""
 
+    data: BasePicturesConfig = field(default_factory=BasePicturesConfig)
     method: BaseLearnerConfig = field(kw_only=True)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,6 @@ from safetensors.torch import save
 
 from svf_fast.train import demo_measures as measures
 from svf_fast.train.backbones import BackboneConfig
-from svf_fast.train.checkpoint import write_atomically
 from svf_fast.train.config import (
     BackboneSection,
     Config,
@@ -28,9 +27,10 @@ from svf_fast.train.config import (
     TuningConfig,
     ValidationConfig,
 )
+from svf_fast.train.data.folds import fold_of
 from svf_fast.train.data.shapes5i import generate
-from svf_fast.train.data.voc import pascal_fold
 from svf_fast.train.demo_results import DemoResults
+from svf_fast.train.files import write_atomically
 from svf_fast.train.pretrain import PretrainConfig, pretrain
 from svf_fast.train.progress import WorkProgress
 from svf_fast.train.provenance import describe_machine
@@ -148,7 +148,7 @@ def _pretrain(output: Path, data: Path, settings: DemoSettings, console: Console
         done = pretrain(
             data,
             data / "lists" / f"fold{settings.fold}_train.txt",
-            pascal_fold(settings.fold).base,
+            fold_of("pascal", settings.fold).base,
             _backbone(settings),
             settings.pretraining,
             on_step=lambda step, steps, loss: progress.show("pre-training", step, steps, f"loss {loss:.3f}"),

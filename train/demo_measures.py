@@ -119,7 +119,8 @@ def example_rows(config: Config, methods: dict[str, MetaLearner], rows: int) -> 
     """The first validation episode of each novel class, up to `rows` of them, with every method's prediction."""
     sampler = validation_sampler(config, seed=config.validation.seed)
     first_of_class: dict[int, Episode] = {}
-    for key in sampler.validation_indices(config.validation.episodes, config.validation.seed):
+    rule = config.validation
+    for key in sampler.validation_indices(rule.episodes, rule.seed, rule.order):
         episode = sampler.episode(*key)
         first_of_class.setdefault(episode.class_id, episode)
         if len(first_of_class) == min(rows, len(sampler.split.class_ids)):

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from svf_fast.train.checkpoint import RunState, write_atomically
+from svf_fast.train.checkpoint import RunState
+from svf_fast.train.files import write_atomically
 
 
 class Journal:

@@ -12,9 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from svf_fast.train.checkpoint import write_atomically
 from svf_fast.train.demo_results import DemoResults
 from svf_fast.train.figures import Curve, curves, predictions, spectrum
+from svf_fast.train.files import write_atomically
 
 _MIB = 2**20
 _LOSS_WINDOW = 20  # steps that a point of the loss curve is the mean of

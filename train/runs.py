@@ -1,12 +1,9 @@
-"""Starting, resuming and judging runs by configuration: the layer between the command line and the engine, with the
+"""Starting and resuming runs by configuration: the layer between the command line and the engine, with the
 checks that belong to a user's folder. Other programs that start runs use the functions here."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import yaml
@@ -18,24 +15,27 @@ from svf_fast.train.assembly import (
     build_base_learner,
     build_model,
     choose_device,
-    generalised_sampler,
+    fold_in,
     training_sampler,
     validation_sampler,
 )
 from svf_fast.train.base_learner import BaseTask
-from svf_fast.train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_method_state, write_atomically
-from svf_fast.train.config import BASE_LEARNER, BaseConfig, Config, ConfigError, Stage, StageConfig, config_from_plain
-from svf_fast.train.data.episodes import EpisodeSampler
-from svf_fast.train.data.generalised import GeneralisedSampler
-from svf_fast.train.data.voc import Split
+from svf_fast.train.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from svf_fast.train.config import (
+    BASE_LEARNER,
+    BaseConfig,
+    Config,
+    ConfigError,
+    Stage,
+    StageConfig,
+    config_from_plain,
+)
+from svf_fast.train.data.split import Split
 from svf_fast.train.engine import LAST, LOG, Outcome, Parts, Run
-from svf_fast.train.generalised import GeneralisedScores, validate_generalised
-from svf_fast.train.methods import BAM, MetaLearner
-from svf_fast.train.methods.bam import GeneralisedRule
-from svf_fast.train.progress import WorkProgress
+from svf_fast.train.files import write_atomically
 from svf_fast.train.schema import flatten
-from svf_fast.train.tasks import EpisodeTask, Watch
-from svf_fast.train.validation import Scores, validate
+from svf_fast.train.tasks import EpisodeTask
+from svf_fast.train.validation import EpisodePlan
 
 # What may differ between a run and its resumption: places, speed, and what is read at the start only.
 FREE_ON_RESUME = (
@@ -45,43 +45,11 @@ FREE_ON_RESUME = (
     "run.checkpoint_every",
     "data.root",
     "data.workers",
+    "data.cache_mb",
     "backbone.weights",
     "method.base_learner",
+    "validation.batch",
 )
-# What an evaluation may ask otherwise. Not the fold: its classes would be those that the model was trained on.
-FREE_IN_EVALUATION = (
-    "data.root",
-    "data.val_list",
-    "data.size",
-    "data.workers",
-    "validation.episodes",
-    "validation.seed",
-    "validation.shots",
-    "run.device",
-    "run.threads",
-)
-
-
-Sampler = TypeVar("Sampler", bound=EpisodeSampler)
-Judged = TypeVar("Judged")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of one checkpoint, one a seed, and the names of the classes they speak of."""
-
-    iteration: int
-    scores: tuple[Scores, ...]
-    class_names: dict[int, str]
-
-
-@dataclass(frozen=True)
-class GeneralisedEvaluation:
-    """As :class:`Evaluation`, of base and novel classes together."""
-
-    iteration: int
-    scores: tuple[GeneralisedScores, ...]
-    class_names: dict[int, str]
 
 
 def train(config: Config | BaseConfig, *, resume: bool, console: Console) -> Outcome:
@@ -91,108 +59,55 @@ def train(config: Config | BaseConfig, *, resume: bool, console: Console) -> Out
     Raises FileNotFoundError or a ValueError (ConfigError, CheckpointError and others), before the first step, when
     something is wrong with what the user gave; TrainingError when the run itself fails.
     """
-    return _build_run(_with_absolute_places(config), resume=resume, console=console).train()
+    return _build_run(with_absolute_places(config), resume=resume, console=console).train()
 
 
-def evaluate(
-    path: str | Path, overrides: Sequence[str] = (), *, seeds: Sequence[int] = (), console: Console
-) -> Evaluation:
-    """Scores of a checkpoint on the novel classes of its fold, once for each of ``seeds`` (none: the validation seed).
-
-    ``overrides`` may change where the data lie and how they are asked for, not the model. Needs no other file of the
-    run. Raises FileNotFoundError or a ValueError as :func:`train` does.
-    """
-    trained, config, device = _trained(path, overrides)
-    seeds = seeds or (config.validation.seed,)
-    samplers = [validation_sampler(config, seed=seed) for seed in seeds]
-    method, episodes = _restored(trained, path, config, device), config.validation.episodes
-
-    def judge(sampler: EpisodeSampler, watch: Watch) -> Scores:
-        return validate(
-            method,
-            sampler,
-            sampler.split.class_ids,
-            episodes=episodes,
-            seed=sampler.seed,
-            workers=config.data.workers,
-            device=device,
-            watch=watch,
-        )
-
-    scores = _one_by_one("validation", samplers, episodes, judge, console)
-    return Evaluation(trained.state.iteration, scores, dict(samplers[0].split.class_names))
+def config_of(checkpoint: Checkpoint, path: str | Path, schema: type[Stage]) -> Stage:
+    """The settings that a checkpoint was written with; CheckpointError when they are of another kind of run, or of
+    another version."""
+    is_base_learner = checkpoint.config.get("method", {}).get("name") == BASE_LEARNER
+    if is_base_learner != issubclass(schema, BaseConfig):
+        found, expected = ("a base learner", "a few-shot method")[:: 1 if is_base_learner else -1]
+        raise CheckpointError(f"{path} is a checkpoint of {found}, expected one of {expected}")
+    try:
+        return config_from_plain(checkpoint.config, (), schema)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} was written with settings that this version does not know: {error}") from error
 
 
-def evaluate_generalised(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    seeds: Sequence[int] = (),
-    tau: float,
-    rule: GeneralisedRule,
-    console: Console,
-) -> GeneralisedEvaluation:
-    """As :func:`evaluate`, base and novel classes together, for a checkpoint of BAM; the episodes follow the list's
-    order. ``tau`` and ``rule`` as in :func:`predict_generalised`."""
-    if not 0 <= tau < 1:
-        raise ConfigError(f"tau is {tau}, expected at least 0 and below 1")
-    trained, config, device = _trained(path, overrides)
-    if config.method.name != "bam":
-        raise ConfigError(f"{path} is a model of {config.method.name}, which knows no base classes: only bam does")
-    seeds = seeds or (config.validation.seed,)
-    samplers = [generalised_sampler(config, seed=seed) for seed in seeds]
-    method, episodes = _restored(trained, path, config, device), config.validation.episodes
-    assert isinstance(method, BAM)
-
-    def judge(sampler: GeneralisedSampler, watch: Watch) -> GeneralisedScores:
-        return validate_generalised(
-            method,
-            sampler,
-            episodes=episodes,
-            tau=tau,
-            rule=rule,
-            workers=config.data.workers,
-            device=device,
-            watch=watch,
-        )
-
-    scores = _one_by_one("generalised", samplers, episodes, judge, console)
-    return GeneralisedEvaluation(trained.state.iteration, scores, dict(samplers[0].split.class_names))
+def prepare_device(config: StageConfig) -> torch.device:
+    """The device that ``config`` asks for; PyTorch uses its number of threads from here on."""
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    return choose_device(config.run.device)
 
 
-def _one_by_one(
-    name: str,
-    samplers: Sequence[Sampler],
-    episodes: int,
-    judge: Callable[[Sampler, Watch], Judged],
-    console: Console,
-) -> tuple[Judged, ...]:
-    """``judge`` on every sampler, each with a bar of its own."""
-    scores: list[Judged] = []
-    with WorkProgress(console) as progress:
-        for sampler in samplers:
-            bar = f"{name}, seed {sampler.seed}"
-            progress.begin(bar, 0, episodes)
-            scores.append(judge(sampler, partial(progress.show, bar)))
-    return tuple(scores)
+def with_absolute_places(config: Stage) -> Stage:
+    """What a checkpoint remembers must be found from any working directory."""
+
+    def absolute(place: str | None) -> str | None:
+        return None if place is None else str(Path(place).absolute())
+
+    if isinstance(config, Config):
+        method = replace(config.method, base_learner=absolute(config.method.base_learner))
+        config = replace(config, method=method)
+    data = replace(config.data, root=absolute(config.data.root))
+    return replace(config, data=data, backbone=replace(config.backbone, weights=absolute(config.backbone.weights)))
 
 
-def _trained(path: str | Path, overrides: Sequence[str]) -> tuple[Checkpoint, Config, torch.device]:
-    """A few-shot method's checkpoint, its settings with ``overrides``, and the device for it."""
-    checkpoint = load_checkpoint(path)
-    for assignment in overrides:
-        if assignment.partition("=")[0] not in FREE_IN_EVALUATION:
-            raise ConfigError(
-                f"{assignment} does not apply to a finished model: eval takes {', '.join(FREE_IN_EVALUATION)}"
-            )
-    config = config_from_plain(_config_of(checkpoint, path, Config).to_plain(), overrides)
-    return checkpoint, config, _prepare(config)
+def data_digest(*splits: Split) -> str:
+    """Tells one choice of pictures, classes and their order from another, wherever the folder lies."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in splits:
+        digest.update(repr([(entry.image, entry.label, entry.present_classes) for entry in split.entries]).encode())
+        digest.update(repr(sorted(split.files_of_class.items())).encode())
+    return digest.hexdigest()
 
 
-def _restored(checkpoint: Checkpoint, path: str | Path, config: Config, device: torch.device) -> MetaLearner:
-    method = build_model(config, pretrained=False).method
-    load_method_state(method, checkpoint, path)
-    return method.to(device)
+def episode_plan(config: Config, seed: int) -> EpisodePlan:
+    """The validation of a configuration under ``seed``."""
+    rule = config.validation
+    return EpisodePlan(rule.episodes, seed, rule.order, rule.batch)
 
 
 def _build_run(config: Config | BaseConfig, *, resume: bool, console: Console) -> Run:
@@ -202,14 +117,14 @@ def _build_run(config: Config | BaseConfig, *, resume: bool, console: Console) -
         _require_same_run(config, checkpoint, folder / LAST)
     elif resume:
         console.print(f"no checkpoint in {folder} yet: the run begins", highlight=False, markup=False, soft_wrap=True)
-    device = _prepare(config)
+    device = prepare_device(config)
     is_new = checkpoint is None
     if isinstance(config, Config):
         parts, splits = _few_shot_parts(config, pretrained=is_new)
     else:
         parts, splits = _base_learner_parts(config, pretrained=is_new)
     run = Run(config, parts, folder, device=device, console=console)
-    data = _data_digest(*splits)
+    data = data_digest(*splits)
     if checkpoint is not None:
         if checkpoint.state.data != data:
             raise CheckpointError(
@@ -218,7 +133,8 @@ def _build_run(config: Config | BaseConfig, *, resume: bool, console: Console) -
             )
         run.restore(checkpoint)
     else:
-        run.state.data = data
+        fold = fold_in(config.data)
+        run.state.data, run.state.novel, run.state.base = data, fold.novel, fold.base
         if config.backbone.weights is None and not (isinstance(config, Config) and config.method.takes_base_learner):
             line = "backbone.weights is not set: the backbone starts from random weights"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -235,8 +151,8 @@ def _few_shot_parts(config: Config, *, pretrained: bool) -> tuple[Parts, list[Sp
         )
     training, validation = training_sampler(config), validation_sampler(config, seed=config.validation.seed)
     model = build_model(config, pretrained=pretrained)
-    rule = config.validation
-    task = EpisodeTask(training, validation, dict(validation.split.class_names), rule.episodes, rule.seed)
+    plan = episode_plan(config, config.validation.seed)
+    task = EpisodeTask(training, validation, dict(validation.split.class_names), plan)
     return Parts(model.method, model.groups, task), [training.split, validation.split]
 
 
@@ -246,28 +162,6 @@ def _base_learner_parts(config: BaseConfig, *, pretrained: bool) -> tuple[Parts,
     names = tuple(training.split.class_names[class_id] for class_id in training.base_classes)
     task = BaseTask(training, validation, names, batch=config.data.batch)
     return Parts(learner, groups, task), [training.split, validation.split]
-
-
-def _with_absolute_places(config: Stage) -> Stage:
-    """What a checkpoint remembers must be found from any working directory."""
-
-    def absolute(place: str | None) -> str | None:
-        return None if place is None else str(Path(place).absolute())
-
-    if isinstance(config, Config):
-        method = replace(config.method, base_learner=absolute(config.method.base_learner))
-        config = replace(config, method=method)
-    data = replace(config.data, root=absolute(config.data.root))
-    return replace(config, data=data, backbone=replace(config.backbone, weights=absolute(config.backbone.weights)))
-
-
-def _data_digest(*splits: Split) -> str:
-    """Tells one choice of pictures, classes and their order from another, wherever the folder lies."""
-    digest = hashlib.blake2b(digest_size=16)
-    for split in splits:
-        digest.update(repr([(entry.image, entry.label, entry.present_classes) for entry in split.entries]).encode())
-        digest.update(repr(sorted(split.files_of_class.items())).encode())
-    return digest.hexdigest()
 
 
 def _run_folder(config: StageConfig, *, resume: bool) -> Path:
@@ -284,25 +178,8 @@ def _run_folder(config: StageConfig, *, resume: bool) -> Path:
 
 
 def _require_same_run(config: Config | BaseConfig, checkpoint: Checkpoint, path: Path) -> None:
-    before, now = flatten(_config_of(checkpoint, path, type(config)).to_plain()), flatten(config.to_plain())
+    before, now = flatten(config_of(checkpoint, path, type(config)).to_plain()), flatten(config.to_plain())
     changed = [key for key in now if now[key] != before[key] and key not in FREE_ON_RESUME]
     if changed:
         listed = ", ".join(f"{key} was {before[key]!r} and is now {now[key]!r}" for key in changed)
         raise ConfigError(f"the run in {path.parent} cannot be resumed with other settings: {listed}")
-
-
-def _config_of(checkpoint: Checkpoint, path: str | Path, schema: type[Stage]) -> Stage:
-    is_base_learner = checkpoint.config.get("method", {}).get("name") == BASE_LEARNER
-    if is_base_learner != issubclass(schema, BaseConfig):
-        found, expected = ("a base learner", "a few-shot method")[:: 1 if is_base_learner else -1]
-        raise CheckpointError(f"{path} is a checkpoint of {found}, expected one of {expected}")
-    try:
-        return config_from_plain(checkpoint.config, (), schema)
-    except ConfigError as error:
-        raise CheckpointError(f"{path} was written with settings that this version does not know: {error}") from error
-
-
-def _prepare(config: StageConfig) -> torch.device:
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
-    return choose_device(config.run.device)

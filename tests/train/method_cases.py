@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from svf_fast.train.backbones import Backbone, BackboneConfig, build_backbone
-from svf_fast.train.methods import MetaLearner, build_method
+from svf_fast.train.methods import BAM, MetaLearner, build_method
+from svf_fast.train.methods.bam import BAMOutputs
 
 BASE_CLASSES = 5
 BACKBONES = {
@@ -37,6 +38,13 @@ class Batch(NamedTuple):
     def episode(self) -> tuple[Tensor, Tensor, Tensor]:
         """``forward``'s arguments."""
         return self.query_images, self.support_images, self.support_labels
+
+
+class InDouble(BAM):
+    """Takes float32 pictures and rounds so little that a batch changes no prediction; to be made ``double()``."""
+
+    def outputs(self, query_image: Tensor, support_images: Tensor, support_labels: Tensor) -> BAMOutputs:
+        return super().outputs(query_image.double(), support_images.double(), support_labels)
 
 
 def narrow_backbone(name: str = "resnet") -> Backbone:

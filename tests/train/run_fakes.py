@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from voc_folders import draw, line, write_label, write_picture
 
 from svf_fast.train.config import Config, config_from_plain
-from svf_fast.train.data.episodes import Episode
+from svf_fast.train.data.episodes import Episode, Order
+from svf_fast.train.data.memory import SampleMemory
 from svf_fast.train.engine import Parts, Run
 from svf_fast.train.methods import Losses, TrainingBatch
 from svf_fast.train.tasks import DeviceBatch, EpisodeTask
 from svf_fast.train.tuning import ParameterGroup
+from svf_fast.train.validation import EpisodePlan
 
 SIDE = 9
 QUIET = Console(quiet=True)
@@ -61,7 +63,7 @@ class FakeEpisodes:
     def __len__(self) -> int:
         return 7
 
-    def episode(self, pass_index: int, index: int) -> Episode:
+    def episode(self, pass_index: int, index: int, memory: SampleMemory | None = None) -> Episode:
         images = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(100 * pass_index + index))
         labels = (images[:, 0] > 0.3).long()
         return Episode(
@@ -78,7 +80,7 @@ class FakeEpisodes:
     def training_order(self, epoch: int, seed: int) -> list[int]:
         return np.random.default_rng([seed, epoch]).permutation(len(self)).tolist()
 
-    def validation_indices(self, count: int, seed: int) -> list[tuple[int, int]]:
+    def validation_indices(self, count: int, seed: int, order: Order) -> list[tuple[int, int]]:
         return [(number // len(self), number % len(self)) for number in range(count)]
 
 
@@ -122,7 +124,7 @@ def fake_run(folder: Path, *overrides: str, method: nn.Module | None = None) -> 
     groups = [ParameterGroup(name="head", params=list(method.parameters()), lr_scale=1.0)]
     config = fake_config(*overrides)
     rule = config.validation
-    task = EpisodeTask(FakeEpisodes(), FakeEpisodes(), {1: "one", 2: "two"}, rule.episodes, rule.seed)
+    task = EpisodeTask(FakeEpisodes(), FakeEpisodes(), {1: "one", 2: "two"}, EpisodePlan(rule.episodes, rule.seed))
     return Run(config, Parts(method, groups, task), folder, device=torch.device("cpu"), console=QUIET)
 
 

@@ -13,8 +13,9 @@ from svf_fast.train.data.base_labels import BasePictures, base_label_values, sta
 from svf_fast.train.data.episodes import Episode, EpisodeSampler, collate
 from svf_fast.train.data.generalised import GeneralisedSampler
 from svf_fast.train.data.reading import read_label, read_pair
-from svf_fast.train.data.transforms import Augmentation, augment, fit
-from svf_fast.train.data.voc import Split, VOCFolder
+from svf_fast.train.data.split import Split
+from svf_fast.train.data.transforms import Augmentation, CropKeep, augment, crop, fit
+from svf_fast.train.data.voc import VOCFolder
 
 BASE = (2, 4)
 SIZE = 73
@@ -179,3 +180,52 @@ def test_tested_pictures_are_fitted_and_stacked(folder: VOCFolder) -> None:
     assert (batch.labels.shape, batch.labels.dtype) == ((2, SIZE, SIZE), torch.int64)
     assert set(batch.labels[0].unique().tolist()) == {0, 1, 2, 255}
     assert set(batch.labels[1].unique().tolist()) == {0, 255}  # a novel class is background here
+
+
+def test_a_crop_may_keep_every_class_instead_of_the_first_alone() -> None:
+    picture = np.zeros((100, 100, 3), np.float32)
+    second = draw(100, 100, [(255, 0, 0, 100, 4), (2, 20, 20, 20, 20)])
+
+    def kept(label: np.ndarray, keep: CropKeep) -> list[np.ndarray]:
+        return [crop(picture, label, SIZE, random.Random(seed), keep=keep)[1] for seed in range(40)]
+
+    shares = {keep: [np.count_nonzero(label == 2) / 400 for label in kept(second, keep)] for keep in ("ref", "any")}
+    assert min(shares["any"]) >= 0.85
+    assert min(shares["ref"]) < 0.85
+    first = np.where(second == 2, 1, second).astype(np.uint8)
+    assert np.array_equal(kept(first, "any"), kept(first, "ref"))
+    # what only void and background fill is taken at the first draw by both
+    empty = draw(100, 100, [(255, 0, 0, 50, 100)])
+    assert np.array_equal(kept(empty, "any"), kept(empty, "ref"))
+
+
+def test_base_pictures_crop_as_the_augmentation_says(folder: VOCFolder) -> None:
+    whole = folder.whole("list.txt", BASE)
+    ref, every = (
+        BasePictures(whole, BASE, SIZE, 3, Augmentation(scale_range=(0.8, 0.8), crop_keep=keep))
+        for keep in ("ref", "any")
+    )
+    kept = [[int((p.picture(i, 0).label % 255 > 0).sum()) for i in range(12)] for p in (ref, every)]
+    assert sum(kept[1]) > sum(kept[0])
+
+
+def test_pictures_with_a_dropped_class_are_left_out_of_a_whole_list(folder: VOCFolder) -> None:
+    assert len(folder.whole("list.txt", BASE, drop_images_with=())) == 7
+    with pytest.raises(ValueError, match=r"list\.txt leaves no picture without a class of \[1\]$"):
+        folder.whole("list.txt", BASE, drop_images_with=(1,))
+
+
+def test_a_sampler_under_another_seed_is_as_a_new_one_and_reads_nothing_again(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = EpisodeSampler(split, 2, SIZE, 5, Augmentation(), base_classes=BASE)
+    expected = [EpisodeSampler(split, 2, SIZE, 6, Augmentation(), base_classes=BASE).episode(0, i) for i in range(6)]
+    before = [first.episode(0, index) for index in range(6)]
+    monkeypatch.setattr("svf_fast.train.data.cache.read_pair", None)
+    other = first.with_seed(6)
+    for index in range(6):
+        for sampler, wanted in ((other, expected[index]), (first, before[index])):
+            found = sampler.episode(0, index)
+            assert found.support_names == wanted.support_names
+            assert torch.equal(found.query_image, wanted.query_image)
+    assert (first.seed, other.seed) == (5, 6)

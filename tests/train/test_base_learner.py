@@ -15,6 +15,7 @@ from svf_fast.train.base_learner import base_learner_state
 from svf_fast.train.checkpoint import load_checkpoint
 from svf_fast.train.cli import main
 from svf_fast.train.config import BaseConfig, config_from_plain
+from svf_fast.train.data.folds import fold_of
 from svf_fast.train.data.shapes5i import generate
 from svf_fast.train.journal import read_journal
 
@@ -42,12 +43,10 @@ SECOND = (
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 pictures, and lists of all of them and of each part beside the folds' own."""
+    """120 pictures, and a list of all of them beside those of each part."""
     root = generate(tmp_path_factory.mktemp("data") / "shapes", seed=0, images=120, size=160)
-    for name, parts in {"train": ["train"], "val": ["val"], "all": ["train", "val"]}.items():
-        lists = [root / "lists" / f"fold{fold}_{part}.txt" for fold in range(4) for part in parts]
-        lines = sorted({line for path in lists for line in path.read_text().splitlines()})
-        (root / "lists" / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+    lists = root / "lists"
+    (lists / "all.txt").write_text((lists / "train.txt").read_text() + (lists / "val.txt").read_text())
     return root
 
 
@@ -214,25 +213,36 @@ def test_weights_of_bams_code_are_a_base_learner_too(tmp_path: Path, shapes: Pat
 
 def test_the_file_that_is_no_base_learner_is_named(tmp_path: Path, base: Path, tuned: Path) -> None:
     backbone = config_from_plain(load_checkpoint(base / "best.pt").config, schema=BaseConfig).backbone
-    with pytest.raises(ValueError, match=r"best\.pt is a base learner of fold 0, expected one of fold 1"):
-        base_learner_state(base / "best.pt", 1, backbone)
+    fold = fold_of("pascal", 0)
+    with pytest.raises(
+        ValueError, match=r"best\.pt is a base learner of the classes \[6, 7, .* 20\], expected one of \[1, 2, "
+    ):
+        base_learner_state(base / "best.pt", fold_of("pascal", 1), backbone)
     with pytest.raises(
         ValueError, match=r"best\.pt is a base learner with backbone\.dilation=uniform, but here it is torchvision"
     ):
-        base_learner_state(base / "best.pt", 0, replace(backbone, dilation="torchvision"))
+        base_learner_state(base / "best.pt", fold, replace(backbone, dilation="torchvision"))
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*missing\.pt"):
-        base_learner_state(tmp_path / "missing.pt", 0, backbone)
+        base_learner_state(tmp_path / "missing.pt", fold, backbone)
     with pytest.raises(ValueError, match=r"is a checkpoint of the method 'bam', expected one of svf-fast train-base"):
-        base_learner_state(tuned / "last.pt", 0, backbone)
+        base_learner_state(tuned / "last.pt", fold, backbone)
     content = torch.load(base / "best.pt", weights_only=True)
+    # as older versions wrote it, which knew Pascal-5i only
+    for name in ("novel", "base"):
+        del content["state"][name]
+    del content["config"]["data"]["folds"]
+    torch.save(content, tmp_path / "old.pt")
+    assert base_learner_state(tmp_path / "old.pt", fold, backbone)
+    with pytest.raises(ValueError, match=r"old\.pt is a base learner of the classes \[6, 7, .* 20\], expected one of "):
+        base_learner_state(tmp_path / "old.pt", fold_of("pascal", 1), backbone)
     content["method"]["cls.0.weight"][0] = torch.nan
     torch.save(content, tmp_path / "nan.pt")
     with pytest.raises(ValueError, match=r"nan\.pt holds values that are not finite: cls\.0\.weight$"):
-        base_learner_state(tmp_path / "nan.pt", 0, backbone)
+        base_learner_state(tmp_path / "nan.pt", fold, backbone)
     content["config"]["method"] = None
     torch.save(content, tmp_path / "damaged.pt")
     with pytest.raises(ValueError, match=r"damaged\.pt holds settings that this version does not know$"):
-        base_learner_state(tmp_path / "damaged.pt", 0, backbone)
+        base_learner_state(tmp_path / "damaged.pt", fold, backbone)
     with pytest.raises(ValueError, match=r"best\.pt is a checkpoint of svf-fast, not a weight file"):
         load_backbone_weights(build_backbone(backbone), base / "best.pt")
 
@@ -261,6 +271,10 @@ def test_the_file_that_is_no_base_learner_is_named(tmp_path: Path, base: Path, t
         (["eval", "{base}/best.pt"], "best.pt is a checkpoint of a base learner, expected one of a few-shot method"),
         (["eval", "{tuned}/last.pt", "--shots", "5"], "validation.shots is 5, expected 1 as in data.shots"),
         (["eval", "{tuned}/last.pt", "--tau", "0.5"], "--tau is of a generalised evaluation: add --generalised"),
+        (
+            ["eval", "{tuned}/last.pt", "--generalised", "validation.order=permuted"],
+            "validation.order does not apply to a generalised evaluation, which follows the list's order",
+        ),
         (["eval", "{tuned}/last.pt", "--generalised", "--tau", "1"], "tau is 1.0, expected at least 0 and below 1"),
         (["eval", "{tuned}/last.pt", "--generalised", "--rule", "best"], "argument --rule: invalid choice: 'best'"),
         (["eval", "{frozen}", "--generalised"], "is a model of baseline, which knows no base classes: only bam does"),

@@ -21,8 +21,8 @@ from svf_fast.train.checkpoint import (
     load_checkpoint,
     load_method_state,
     save_checkpoint,
-    write_atomically,
 )
+from svf_fast.train.files import write_atomically
 
 
 def checkpoint(iteration: int = 7, width: int = 4) -> Checkpoint:

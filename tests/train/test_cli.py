@@ -3,6 +3,8 @@ every mistake gets."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from run_fakes import TINY, stop_after, write_voc_folder
 from svf_fast.train.checkpoint import load_checkpoint
 from svf_fast.train.cli import main
 from svf_fast.train.journal import read_journal
+from svf_fast.train.score_sheet import score_table
 
 STRATEGIES = ["freeze", "full", "svf"]
 
@@ -75,6 +78,34 @@ def test_eval_takes_seeds_episodes_and_shots(finished: Path, capsys: pytest.Capt
     assert [line.split()[0] for line in lines[2:10]] == ["kind"] * 5 + ["mIoU", "FB-IoU", "foreground"]
     assert all("mean" in line and "±" in line for line in lines[2:10])
     assert lines[10].endswith("counted as 0 there: kind 3, kind 4, kind 5")
+    assert lines[11] == "±: sample standard deviation over the seeds (n - 1)"
+
+
+def test_validation_in_training_follows_its_settings_as_eval_does(tmp_path: Path, pictures: Path) -> None:
+    settings = ["tuning.strategy=freeze", "validation.order=list", "validation.batch=3"]
+    assert main(arguments(pictures, tmp_path / "run", *settings)) == 0
+    assert main(["eval", str(tmp_path / "run" / "last.pt"), "--out", str(tmp_path / "scores.json")]) == 0
+    sheet = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    validation = read_journal(tmp_path / "run" / "log.jsonl")[-1]
+    assert sheet["mean"]["figures"] == {key: validation[key] for key in ("miou", "fb_iou", "foreground_iou")}
+    # the list's first four pictures are of class 1
+    assert [row["episodes"] for row in sheet["per_seed"][0]["classes"]] == [4, 0, 0, 0, 0]
+    assert main(arguments(pictures, tmp_path / "run", *settings[:2], "validation.batch=1", "--resume")) == 0
+
+
+def test_eval_writes_what_it_shows_under_the_five_seeds(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, checkpoint = tmp_path / "scores.json", finished / "best.pt"
+    asked = ["--five-seeds", "--episodes", "3", "--out", str(path), "validation.batch=2", "validation.order=list"]
+    assert main(["eval", str(checkpoint), *asked]) == 0
+    sheet = json.loads(path.read_text(encoding="utf-8"))
+    assert [scores["seed"] for scores in sheet["per_seed"]] == [510, 365, 382, 322, 988]
+    assert capsys.readouterr().out.splitlines()[1:] == score_table(sheet).splitlines()
+    assert sheet["checkpoint"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert (sheet["protocol"]["order"], sheet["protocol"]["batch"]) == ("list", 2)
+    # the list's first three pictures are of class 1
+    assert [row["episodes"] for row in sheet["per_seed"][0]["classes"]] == [3, 0, 0, 0, 0]
 
 
 def test_a_run_goes_on_from_its_own_config_file(tmp_path: Path, finished: Path) -> None:
@@ -206,6 +237,16 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "{data}/classes.txt"], "is no readable checkpoint"),
         (["eval", "{cut}"], "is no readable checkpoint (cut short"),
         (["eval", "{run}/last.pt", "--seed", "x"], "'x' is not a whole number from 0"),
+        (
+            ["eval", "{run}/last.pt", "--seed", "1", "--five-seeds"],
+            "argument --five-seeds: not allowed with argument --seed",
+        ),
+        (["eval", "{run}/last.pt", "--out", "nowhere/x.json"], "nowhere/x.json cannot be written: nowhere is not a"),
+        (["eval", "{run}/last.pt", "validation.batch=0"], "validation.batch is 0, expected 1 or more"),
+        (
+            ["eval", "{run}/last.pt", "validation.order=random"],
+            "validation.order is 'random', expected one of 'permuted', 'list'",
+        ),
         (["eval", "{run}/last.pt", "--episodes", "0"], "validation.episodes is 0, expected 1 or more"),
         (["eval", "{run}/last.pt", "--shots", "few"], "validation.shots is 'few' (str), expected a whole number"),
         (["eval", "{run}/last.pt", "method.head_width=4"], "method.head_width=4 does not apply to a finished model"),

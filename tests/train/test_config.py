@@ -97,6 +97,9 @@ def test_a_run_counted_in_steps_can_be_counted_in_epochs() -> None:
         ("data.size=160.0", "data.size is '160.0' (str), expected a whole number"),
         ("data.size=160", "data.size is 160, expected a multiple of 8 plus 1, such as 161 or 473"),
         ("data.fold=4", "data.fold is 4, expected 0 to 3"),
+        ("data.folds=voc", "data.folds is 'voc', expected pascal, coco, coco_contiguous, or a .json file of own folds"),
+        ("data.base_filter=true", "unknown key data.base_filter"),
+        ("validation.episodes=1000001", "validation.episodes is 1000001, expected 1 to 1,000,000"),
         ("data.scale_range=1.2,0.8", "data.scale_range is (1.2, 0.8), expected two numbers above 0, the smaller first"),
         ("data.scale_range=1", "data.scale_range has 1 values, expected 2"),
         ("data.drop_novel_images=1", "data.drop_novel_images is 1 (int), expected true or false"),
@@ -164,6 +167,7 @@ def test_a_combination_that_makes_no_sense_gets_one_sentence(overrides: list[str
     [
         ("data.batch=1", "data.batch is 1, expected 2 or more"),
         ("data.shots=5", "unknown key data.shots"),
+        ("data.crop_keep=all", "data.crop_keep is 'all', expected one of 'ref', 'any'"),
         ("method.name=bam", "method.name is 'bam', expected one of 'pspnet'"),
         ("tuning.strategy=svf", "unknown key tuning.strategy"),
     ],

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from svf_fast.train.data import shapes5i
+from svf_fast.train.data.folds import fold_of
 from svf_fast.train.data.reading import read_image, read_label
 from svf_fast.train.data.shapes5i import CLASS_NAMES, FOLDS, generate
-from svf_fast.train.data.voc import VOCFolder, pascal_fold
+from svf_fast.train.data.voc import VOCFolder
 
 IMAGES, SIZE = 250, 152
 
@@ -70,7 +71,7 @@ def test_void_lies_between_any_two_labels(root: Path) -> None:
 
 @pytest.mark.parametrize("fold", range(FOLDS))
 def test_training_pictures_show_no_novel_class_and_validation_pictures_show_one(root: Path, fold: int) -> None:
-    novel = set(pascal_fold(fold).novel)
+    novel = set(fold_of("pascal", fold).novel)
     training, validation = _listed(root, fold, "train"), _listed(root, fold, "val")
     assert training
     assert validation
@@ -79,9 +80,17 @@ def test_training_pictures_show_no_novel_class_and_validation_pictures_show_one(
     assert not {image for image, _ in training} & {image for image, _ in validation}
 
 
+def test_two_lists_hold_every_picture_of_their_part(root: Path) -> None:
+    for part, count in (("train", IMAGES - IMAGES // 5), ("val", IMAGES // 5)):
+        images = [line.split()[0] for line in (root / "lists" / f"{part}.txt").read_text().splitlines()]
+        stems = (root / "ImageSets" / "Segmentation" / f"{part}.txt").read_text().splitlines()
+        assert images == [f"JPEGImages/{stem}.jpg" for stem in stems]
+        assert len(images) == count
+
+
 @pytest.mark.parametrize("fold", range(FOLDS))
 def test_the_reader_of_voc_folders_finds_episodes_in_every_fold(root: Path, fold: int) -> None:
-    classes = pascal_fold(fold)
+    classes = fold_of("pascal", fold)
     training = VOCFolder(root).split(f"lists/fold{fold}_train.txt", classes.base, drop_images_with=classes.novel)
     validation = VOCFolder(root).split(f"lists/fold{fold}_val.txt", classes.novel)
     assert len(training) > 40

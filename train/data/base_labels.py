@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from svf_fast.train.data import VOID
-from svf_fast.train.data.cache import PairCache
+from svf_fast.train.data.cache import DEFAULT_CACHE_BYTES, PairCache
 from svf_fast.train.data.chance import generator_of, permutation
+from svf_fast.train.data.memory import SampleMemory, fresh_memory, stacked
 from svf_fast.train.data.reading import Bytes
-from svf_fast.train.data.transforms import Augmentation, augment, fit, to_tensors
-from svf_fast.train.data.voc import Split
+from svf_fast.train.data.split import Split
+from svf_fast.train.data.transforms import Augmentation, Label, Placed, augment, fit, normalise
 
 
 def base_label_values(base_classes: Sequence[int]) -> Bytes:
@@ -51,16 +52,16 @@ class BaseBatch:
 def stack(pictures: Sequence[BasePicture]) -> BaseBatch:
     """Pictures of one size as a batch."""
     return BaseBatch(
-        images=torch.stack([picture.image for picture in pictures]),
-        labels=torch.stack([picture.label for picture in pictures]),
+        images=stacked([picture.image for picture in pictures]),
+        labels=stacked([picture.label for picture in pictures]),
     )
 
 
 class BasePictures:
     """The pictures of `split` under the base labels of `base_classes`, each a pure function of (seed, pass, index).
 
-    With `augmentation` they go through the training transforms, without one through the test transform. The crop rule
-    then looks at the first base class alone, as in BAM's code. Up to `cache_bytes` of decoded pictures are kept.
+    With `augmentation` they go through the training transforms, without one through the test transform. By default the
+    crop rule then looks at the first base class alone, as in BAM's code. Up to `cache_bytes` of decoded pictures are kept.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class BasePictures:
         seed: int,
         augmentation: Augmentation | None = None,
         *,
-        cache_bytes: int = 512 * 2**20,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self.split = split
         self.base_classes = tuple(sorted(base_classes))
@@ -84,20 +85,25 @@ class BasePictures:
     def __len__(self) -> int:
         return len(self.split)
 
-    def picture(self, pass_index: int, index: int) -> BasePicture:
-        """Entry `index` of the split, as pass `pass_index` over the split draws it."""
+    def picture(self, pass_index: int, index: int, memory: SampleMemory = fresh_memory) -> BasePicture:
+        """Entry `index` of the split, as pass `pass_index` over the split draws it, written into `memory`."""
         entry = self.split.entries[index]
         image, classes = self._cache.pair(self.split.root / entry.image, self.split.root / entry.label)
         label = np.asarray(cv2.LUT(classes, self._values), np.uint8)
         source = generator_of("base picture", self.seed, pass_index, index)
-        return BasePicture(*self._transform(image, label, source))
+        picture, label = self._transform(image, label, source)
+        target = memory("image", (3, self.size, self.size), torch.float32)
+        normalise(picture, target.numpy())
+        target_label = memory("label", (self.size, self.size), torch.int64)
+        target_label.numpy()[...] = label
+        return BasePicture(target, target_label)
 
     def training_order(self, epoch: int, seed: int) -> list[int]:
         """Every index once, in the order of that epoch."""
         return permutation(len(self), generator_of("training order", seed, epoch))
 
-    def _transform(self, image: Bytes, label: Bytes, source: random.Random) -> tuple[Tensor, Tensor]:
+    def _transform(self, image: Bytes, label: Bytes, source: random.Random) -> tuple[Placed, Label]:
         picture = image.astype(np.float32)
         if self.augmentation is None:
-            return to_tensors(*fit(picture, label, self.size))
-        return to_tensors(*augment(picture, label, self.size, self.augmentation, source))
+            return fit(picture, label, self.size)
+        return augment(picture, label, self.size, self.augmentation, source)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from svf_fast.train.data.cache import DEFAULT_CACHE_BYTES
 from svf_fast.train.data.episodes import EpisodeSampler
-from svf_fast.train.data.voc import Split
+from svf_fast.train.data.split import Split
 
 
 class GeneralisedSampler(EpisodeSampler):
@@ -19,8 +20,17 @@ class GeneralisedSampler(EpisodeSampler):
 
     base_classes: tuple[int, ...]
 
-    def __init__(self, split: Split, base_classes: Sequence[int], shots: int, size: int, seed: int) -> None:
-        super().__init__(split, shots, size, seed, base_classes=base_classes)
+    def __init__(
+        self,
+        split: Split,
+        base_classes: Sequence[int],
+        shots: int,
+        size: int,
+        seed: int,
+        *,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        super().__init__(split, shots, size, seed, base_classes=base_classes, cache_bytes=cache_bytes)
 
     def candidate_classes(self, index: int) -> tuple[int, ...]:
         """The novel classes of which an episode with query `index` draws one."""

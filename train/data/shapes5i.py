@@ -15,16 +15,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from svf_fast.train.data import VOID
+from svf_fast.train.data.folds import FOLD_RULES, fold_of
+from svf_fast.train.data.palette import palette_png
 from svf_fast.train.data.shapes5i_draw import CLASSES, draw
 
 CLASS_NAMES: tuple[str, ...] = tuple(shape.name for shape in CLASSES)
-FOLDS = 4
-CLASSES_PER_FOLD = len(CLASSES) // FOLDS
-_LAYOUT = 1  # goes up whenever the same settings would give other masks or lists
+FOLDS = FOLD_RULES["pascal"].folds
+_LAYOUT = 2  # goes up whenever the same settings would give other masks or lists
 _SETTINGS_FILE = "shapes5i.json"
 _EVERY_NTH_VALIDATES = 5
 _SMALLEST_SIZE = 64
@@ -63,9 +62,10 @@ def generate(
 
     `images` pictures of long side `size` pixels, every fifth of them for validation. Layout: `JPEGImages/*.jpg`,
     `SegmentationClass/*.png` (VOC palette; 0 ground, 1–20 classes, 255 void), `ImageSets/Segmentation/{train,val}.txt`,
-    `classes.txt` (`id name` a line) and `lists/fold{0..3}_{train,val}.txt` (`image mask` a line, relative to `root`).
-    Fold i's novel classes are 5i+1 … 5i+5; its training list holds no picture that shows one of them, its validation list only
-    pictures that show at least one. Masks and lists depend on the settings alone; JPEG bytes also on the OpenCV version.
+    `classes.txt` (`id name` a line), `lists/{train,val}.txt` (every picture of the part, `image mask` a line, relative to
+    `root`) and `lists/fold{0..3}_{train,val}.txt`. Fold i's novel classes are those of Pascal-5i; its training list holds
+    no picture that shows one of them, its validation list only pictures that show at least one. Masks and lists depend
+    on the settings alone; JPEG bytes also on the OpenCV version.
     `on_picture(done, all)` is called as pictures are finished. The folder appears whole or not at all.
 
     Raises ValueError for impossible settings and FileExistsError when `root` holds something else.
@@ -77,8 +77,8 @@ def generate(
         if _settings_of(root) == settings:
             return root
         raise FileExistsError(
-            f"root: {root} exists and does not hold Shapes-5i with seed {seed}, {images} images of size {size}; "
-            "remove it or choose another folder"
+            f"root: {root} exists and does not hold Shapes-5i with seed {seed}, {images} images of size {size} as this "
+            "version lays it out; remove it or choose another folder"
         )
     root.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
@@ -114,17 +114,16 @@ def _settings_of(root: Path) -> Settings | None:
 def _write(root: Path, settings: Settings, on_picture: Callable[[int, int], None] | None) -> None:
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation", "lists"):
         (root / folder).mkdir(parents=True)
-    palette = bytes(voc_palette())
     drawn: list[_Drawn] = []
     for index in range(settings.images):
-        drawn.append(_draw_to_files(root, settings, index, palette))
+        drawn.append(_draw_to_files(root, settings, index))
         if on_picture is not None:
             on_picture(len(drawn), settings.images)
     _write_lists(root, drawn)
     (root / _SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 
-def _draw_to_files(root: Path, settings: Settings, index: int, palette: bytes) -> _Drawn:
+def _draw_to_files(root: Path, settings: Settings, index: int) -> _Drawn:
     """Draw picture `index` with a generator of its own: the first hundred of a thousand are the hundred of a hundred."""
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([settings.seed, index])))
     picture, label = draw(_choose_classes(rng), settings.size, rng)
@@ -132,9 +131,7 @@ def _draw_to_files(root: Path, settings: Settings, index: int, palette: bytes) -
     target = root / "JPEGImages" / f"{stem}.jpg"
     if not cv2.imwrite(str(target), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92]):
         raise OSError(f"{target}: the picture could not be written")
-    mask = Image.frombytes("P", (label.shape[1], label.shape[0]), label.tobytes())
-    mask.putpalette(palette)
-    mask.save(root / "SegmentationClass" / f"{stem}.png")
+    (root / "SegmentationClass" / f"{stem}.png").write_bytes(palette_png(label))
     shown = frozenset(int(c) for c in np.flatnonzero(np.bincount(label.ravel(), minlength=VOID + 1)) if 0 < c < VOID)
     return _Drawn(stem, index % _EVERY_NTH_VALIDATES == _EVERY_NTH_VALIDATES - 1, shown)
 
@@ -155,20 +152,10 @@ def _write_lists(root: Path, drawn: list[_Drawn]) -> None:
         pool = [picture for picture in drawn if picture.validates is validates]
         stems = "".join(f"{picture.stem}\n" for picture in pool)
         (root / "ImageSets" / "Segmentation" / f"{part}.txt").write_text(stems, encoding="utf-8")
+        listed = {part: pool}
         for fold in range(FOLDS):
-            novel = set(range(CLASSES_PER_FOLD * fold + 1, CLASSES_PER_FOLD * (fold + 1) + 1))
-            listed = [picture for picture in pool if bool(picture.classes & novel) is validates]
-            target = root / "lists" / f"fold{fold}_{part}.txt"
-            target.write_text("".join(picture.line for picture in listed), encoding="utf-8")
-
-
-def voc_palette() -> list[int]:
-    """The Pascal VOC colour map, 256 × (red, green, blue): the bits of the id, three at a time, from the colours' high bits down."""
-    palette: NDArray[np.int64] = np.zeros((256, 3), dtype=np.int64)
-    for class_id in range(256):
-        rest = class_id
-        for bit in range(7, -1, -1):
-            for channel in range(3):
-                palette[class_id, channel] |= ((rest >> channel) & 1) << bit
-            rest >>= 3
-    return [int(value) for value in palette.ravel()]
+            novel = set(fold_of("pascal", fold).novel)
+            listed[f"fold{fold}_{part}"] = [picture for picture in pool if bool(picture.classes & novel) is validates]
+        for name, pictures in listed.items():
+            lines = "".join(picture.line for picture in pictures)
+            (root / "lists" / f"{name}.txt").write_text(lines, encoding="utf-8")
