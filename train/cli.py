@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingError, OSError) as error:
         return _fail(error, 1)
     except (torch.OutOfMemoryError, MemoryError):
+        if options.command == "prepare":
+            return _fail("out of memory; fewer --workers need less, and the same command goes on from what is done", 1)
         return _fail(
             "out of memory; a smaller data.size, data.batch or validation.batch, tuning.save=int8 or recompute, or "
             "method.recompute=supports needs less; a run's last checkpoint stays, --resume goes on from it",

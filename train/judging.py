@@ -87,6 +87,7 @@ def evaluate(
     ``overrides`` may change where the data lie and how they are asked for, not the model. Needs no other file of the
     run. Raises FileNotFoundError or a ValueError as :func:`train` does.
     """
+    _require_different(seeds)
     trained = _open(path, overrides)
     config = trained.config
     seeds = seeds or (config.validation.seed,)
@@ -120,13 +121,14 @@ def evaluate_generalised(
 ) -> GeneralisedEvaluation:
     """As :func:`evaluate`, base and novel classes together, for a checkpoint of BAM; the episodes follow the list's
     order, whatever the run's validation does. ``tau`` and ``rule`` as in :func:`predict_generalised`."""
+    _require_different(seeds)
     if not 0 <= tau < 1:
         raise ConfigError(f"tau is {tau}, expected at least 0 and below 1")
     trained = _open(path, overrides)
     config = trained.config
     if config.method.name != "bam":
         raise ConfigError(f"{path} is a model of {config.method.name}, which knows no base classes: only bam does")
-    if any(assignment.startswith("validation.order=") for assignment in overrides):
+    if any(key == "validation.order" and value != "list" for key, _, value in (o.partition("=") for o in overrides)):
         raise ConfigError("validation.order does not apply to a generalised evaluation, which follows the list's order")
     config = replace(config, validation=replace(config.validation, order="list"))
     trained = trained._replace(config=config)
@@ -195,11 +197,20 @@ class _Trained(NamedTuple):
         )
 
 
+def _require_different(seeds: Sequence[int]) -> None:
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"the seeds are {', '.join(map(str, seeds))}; expected each once: the same again is no spread"
+        )
+
+
 def _open(path: str | Path, overrides: Sequence[str]) -> _Trained:
     """A checkpoint under its own settings with ``overrides``."""
+    sha256 = sha256_of(Path(path)) if Path(path).is_file() else ""
     checkpoint = load_checkpoint(path)
-    # now: a run that goes on replaces its files
-    sha256 = sha256_of(Path(path))
+    # a run that goes on replaces its files: what was read must be what was hashed
+    if sha256_of(Path(path)) != sha256:
+        raise CheckpointError(f"{path} was replaced while it was read, perhaps by a run that goes on: try again")
     for assignment in overrides:
         if assignment.partition("=")[0] not in FREE_IN_EVALUATION:
             raise ConfigError(

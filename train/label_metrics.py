@@ -89,7 +89,9 @@ class BaseMetrics:
 
 
 def _bytes(name: str, values: Tensor, labels: int) -> NDArray[np.uint8]:
-    """On the CPU, after a check that nothing is lost."""
+    """On the CPU; ValueError for values that are no bytes."""
+    if values.dtype.is_floating_point:
+        raise ValueError(f"{name} is {values.dtype}; expected whole numbers")
     if values.dtype != torch.uint8:
         if values.numel():
             lowest, highest = (float(value) for value in torch.aminmax(values))

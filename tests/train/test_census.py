@@ -15,8 +15,9 @@ from voc_folders import CLASSES, draw, line, write_folder, write_label, write_pi
 
 from svf_fast.train.data import census as census_module
 from svf_fast.train.data.census import Census, census_path, read_census, take_census, write_census
-from svf_fast.train.data.lists import list_sha256, read_pairs
+from svf_fast.train.data.lists import read_pairs
 from svf_fast.train.data.voc import VOCFolder
+from svf_fast.train.files import sha256_of
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def root(tmp_path: Path) -> Path:
             "c": draw(64, 64, [(3, 0, 0, 64, 64)]),
         },
     )
-    write_census(census_path(root / "list.txt"), taken(root), list_sha256(root / "list.txt"))
+    write_census(census_path(root / "list.txt"), taken(root), sha256_of(root / "list.txt"))
     return root
 
 
@@ -57,7 +58,7 @@ def test_a_census_survives_its_file(root: Path) -> None:
     path = census_path(root / "list.txt")
     assert path.name == "list.census.json"
     pairs = read_pairs(root / "list.txt")
-    assert read_census(path, pairs, list_sha256(root / "list.txt")) == taken(root)
+    assert read_census(path, pairs, sha256_of(root / "list.txt")) == taken(root)
     assert read_census(path, pairs, "of another list") is None
 
 
@@ -95,7 +96,7 @@ def test_a_census_does_not_hide_what_went_missing_or_unknown(root: Path) -> None
     assert "a.jpg does not exist" in str(caught.value)
     assert "c.jpg is 64x80 pixels" in str(caught.value)
     write_folder(root, {"a": draw(80, 90, [(1, 0, 0, 50, 50)]), "b": draw(70, 60, [(4, 0, 0, 1, 3)])})
-    write_census(census_path(root / "list.txt"), taken(root), list_sha256(root / "list.txt"))
+    write_census(census_path(root / "list.txt"), taken(root), sha256_of(root / "list.txt"))
     with pytest.raises(ValueError, match=r"b\.png holds the values \[4\], which are no class ids"):
         VOCFolder(root, {1: "one", 2: "two"}).split("list.txt", (1,))
 

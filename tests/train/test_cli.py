@@ -247,7 +247,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
             ["eval", "{run}/last.pt", "validation.order=random"],
             "validation.order is 'random', expected one of 'permuted', 'list'",
         ),
-        (["eval", "{run}/last.pt", "--episodes", "0"], "validation.episodes is 0, expected 1 or more"),
+        (["eval", "{run}/last.pt", "--episodes", "0"], "validation.episodes is 0, expected 1 to 1,000,000"),
         (["eval", "{run}/last.pt", "--shots", "few"], "validation.shots is 'few' (str), expected a whole number"),
         (["eval", "{run}/last.pt", "method.head_width=4"], "method.head_width=4 does not apply to a finished model"),
         (["eval", "{run}/last.pt", "data.root=nowhere"], "is not a folder"),

@@ -150,6 +150,7 @@ REFUSED = {
     "infinite": ([[1, 2, 3, 4, 5, math.inf]], "not finite"),
     "far away": ([[1, 2, 3, 4, 5, 10**400]], "farther out than 100000 pixels"),
     "no size": ({"counts": [1]}, r"size None; expected \[height, width\]"),
+    "a size beyond any": ({"size": [10**20, 1], "counts": [10**20]}, r"expected \[height, width\], each 1 to 100000"),
     "three sides": ({"size": [1, 2, 3], "counts": [6]}, r"size \[1, 2, 3\]"),
     "no counts": ({"size": [2, 2]}, "run lengths are None; expected whole numbers"),
     "fractions": ({"size": [2, 2], "counts": [1.5, 2.5]}, "expected whole numbers"),

@@ -35,9 +35,10 @@ from svf_fast.train.cli import main
 from svf_fast.train.data.census import read_census
 from svf_fast.train.data.fold_index import read_fold_index
 from svf_fast.train.data.folds import read_folds
-from svf_fast.train.data.lists import list_sha256, read_classes, read_pairs
+from svf_fast.train.data.lists import read_classes, read_pairs
 from svf_fast.train.data.palette import palette_png
 from svf_fast.train.data.voc import VOCFolder
+from svf_fast.train.files import sha256_of
 from svf_fast.train.prepare import finish, workspace
 from svf_fast.train.prepare.pascal import prepare_pascal
 
@@ -174,7 +175,7 @@ def test_a_damaged_archive_is_named(case: str, tmp_path: Path, capsys: pytest.Ca
     assert re.search(
         rf"{re.escape(name)} is no readable archive, or is damaged or cut short \(.+\); a whole \.tar", sentence
     )
-    assert sentence.count("\n", sentence.index("svf-fast:")) == 1
+    assert sentence.count("\n", sentence.index("svf-fast:")) == 2  # how many problems there are, and the one
     assert left_over(tmp_path) == []
 
 
@@ -270,19 +271,21 @@ def test_a_disk_that_is_too_small_or_not_writable(
         )
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
-        assert re.search(r"out cannot be made: .* is not writable", said(arguments, capsys))
+        assert re.search(r"out cannot be made: .* is no folder that can be written to", said(arguments, capsys))
     assert left_over(tmp_path) == []
 
 
 def test_a_place_that_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, out = as_folders(tmp_path), tmp_path / "out"
     out.write_text("mine")
-    assert "out is a file; a folder is made there" in said(arguments, capsys)
+    assert "out is there and no folder; a folder is made there" in said(arguments, capsys)
     out.unlink()
     out.mkdir()
+    (out / "mine").touch()
     assert "out is there and no preparation of this command; remove it or choose another folder" in said(
         arguments, capsys
     )
+    (out / "mine").unlink()
     out.rmdir()
     part = tmp_path / "out.part"
     as_folder({"plan.json": b'{"data set": "coco"}', "kept": b"mine"}, part)
@@ -306,7 +309,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read_a_census(path: Path, root: Path) -> object:
     list_file = root / "lists/train.txt"
-    return read_census(path, read_pairs(list_file), list_sha256(list_file))
+    return read_census(path, read_pairs(list_file), sha256_of(list_file))
 
 
 def read_an_index(path: Path, root: Path) -> object:

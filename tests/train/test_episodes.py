@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from voc_folders import draw, write_folder
+from voc_folders import draw, write_folder, write_label
 
 from svf_fast.train.data.episodes import Episode, EpisodeSampler, collate
 from svf_fast.train.data.reading import read_label
@@ -234,3 +234,12 @@ def test_batches_of_nothing_or_of_different_shapes_are_refused(split: Split) -> 
         collate([])
     with pytest.raises(ValueError, match="supports of different shapes"):
         collate([EpisodeSampler(split, shots, 33).episode(0, 0) for shots in (1, 2)])
+
+
+def test_a_label_that_no_longer_shows_its_class_is_named(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, labels())
+    sampler = EpisodeSampler(VOCFolder(root).split("list.txt", (1,)), 1, 73)
+    for path in (root / "SegmentationClass").glob("*.png"):
+        write_label(path, np.zeros_like(read_label(path)))
+    with pytest.raises(ValueError, match=r"picture_\d\.png shows no pixel of class 1, but the census or fold index of"):
+        sampler.episode(0, 0)

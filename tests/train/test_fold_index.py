@@ -17,6 +17,7 @@ from svf_fast.train.data.episodes import EpisodeSampler
 from svf_fast.train.data.fold_index import read_fold_index, write_fold_index
 from svf_fast.train.data.split import Split
 from svf_fast.train.data.voc import VOCFolder
+from svf_fast.train.prepare.folder import prepare_folder
 from svf_fast.train.prepare.published import convert_published
 
 QUIET = Console(quiet=True)
@@ -106,9 +107,19 @@ def test_pictures_that_are_gone_are_all_named(root: Path) -> None:
     (root / "JPEGImages/a.jpg").unlink()
     (root / "SegmentationClass/tiny.png").unlink()
     (root / "JPEGImages/c.jpg").unlink()  # not in the index
-    with pytest.raises(ValueError, match=r"^2 files of .*fold0_train\.json are not in ") as caught:
+    with pytest.raises(ValueError, match=r"^2 files of .*fold0_train\.json cannot be used:") as caught:
         VOCFolder(root).split("folds/own/fold0_train.json", (1, 2), drop_images_with=(4,))
-    assert str(caught.value).splitlines()[1:] == ["  JPEGImages/a.jpg", "  SegmentationClass/tiny.png"]
+    missing = [root / "JPEGImages/a.jpg", root / "SegmentationClass/tiny.png"]
+    assert str(caught.value).splitlines()[1:] == [f"  {path} does not exist" for path in missing]
+
+
+def test_pictures_that_changed_since_the_census_are_named(root: Path) -> None:
+    made(root)
+    prepare_folder(root, workers=0, console=QUIET)
+    with (root / "JPEGImages/a.jpg").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match=r"1 files of .*\n  .*a\.jpg has [\d,]+ bytes; it had [\d,]+ when"):
+        VOCFolder(root).split("folds/own/fold0_train.json", (1, 2), drop_images_with=(4,))
 
 
 def test_another_content_of_the_list_is_refused(root: Path) -> None:
@@ -178,6 +189,9 @@ def test_published_caches_become_an_index_of_the_same_split(
     split = VOCFolder(root).split("lists/theirs.json", (1, 2))
     assert [entry.present_classes for entry in split.entries] == [(1, 2), (1,), (1, 2)]
     assert split.files_of_class == {1: (0, 1, 2), 2: (2,)}
+    made(root)
+    with pytest.raises(FileExistsError, match=r"fold0_train\.json is another index; remove it"):
+        convert_published(*caches, root=root, out=root / "folds/own/fold0_train.json", console=QUIET)
     # made again, by the command, the same; over another list, refused
     command = ["prepare", "index", *map(str, caches), "--root", str(root), "--out", str(root / "lists/theirs.json")]
     assert main(command) == 0

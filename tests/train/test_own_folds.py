@@ -171,3 +171,30 @@ def test_the_folds_of_a_finished_model_stay(flowers: Path, tmp_path: Path, capsy
 def test_checkpoints_from_before_there_were_folds_are_of_pascal() -> None:
     settings = {"data": {"fold": 2}, "schedule": {"iterations": 1}, "validation": {"every_iterations": 1}}
     assert fold_in(config_from_plain(json.loads(json.dumps(settings))).data).novel == (11, 12, 13, 14, 15)
+
+
+def test_a_folder_of_ones_own_is_checked_and_gets_its_censuses(
+    flowers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(flowers, tmp_path / "flowers")
+    assert main(["prepare", "folder", str(root), "--workers", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "lists/train.txt: " in said
+    assert "folds.json, fold 2: novel [5, 6]" in said
+    assert "  1 rose: " in said
+    assert sorted(path.name for path in (root / "lists").glob("*.json")) == ["train.census.json", "val.census.json"]
+    assert VOCFolder(root).census("lists/val.txt") == VOCFolder(flowers).census("lists/val.txt")
+
+
+def test_everything_that_is_wrong_with_a_folder_is_named_and_nothing_written(
+    flowers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(flowers, tmp_path / "flowers")
+    (root / "folds.json").write_text('{"novel": [[1], [9]]}')
+    for path in sorted((root / "JPEGImages").glob("*"))[:2]:
+        path.unlink()
+    assert main(["prepare", "folder", str(root)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("does not exist") == 2
+    assert "folds.json: fold 1 has the class 9" in said
+    assert list((root / "lists").glob("*.json")) == []

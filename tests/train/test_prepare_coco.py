@@ -227,7 +227,7 @@ def test_it_goes_on_where_it_was_stopped(prepared: Path, tmp_path: Path, monkeyp
     def stop_in_the_middle(workspace: Workspace, relative: str, bytes_: bytes) -> None:
         nonlocal calls
         calls += 1
-        if calls == 6:
+        if calls == 5:
             raise KeyboardInterrupt
         place(workspace, relative, bytes_)
 
@@ -297,6 +297,16 @@ def test_a_picture_without_annotations_may_be_missing(tmp_path: Path) -> None:
     coco = write_tricky(tmp_path / "coco")
     (coco / PICTURES[30]).unlink()
     assert "out" in prepare(coco, tmp_path / "out")
+
+
+def test_of_a_name_that_comes_twice_the_file_nearest_to_the_top_is_taken(prepared: Path, tmp_path: Path) -> None:
+    coco = write_tricky(tmp_path / "coco")
+    for folder, below in (("annotations", "old"), ("val2014", "zz")):
+        (coco / folder / below).mkdir()
+        for path in (coco / folder).glob("*.j*"):
+            (coco / folder / below / path.name).write_bytes(b"other")
+    prepare(coco, tmp_path / "out", base_labels=True)
+    assert content(tmp_path / "out" / "annotations") == content(prepared / "out" / "annotations")
 
 
 def test_a_damaged_zip_is_named_beside_the_other_problems(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import io
 import json
+import re
+import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -133,8 +135,8 @@ def test_lists_pictures_and_masks(packing: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(read_label(label), mask(class_of(name)))
     assert read_classes(out / "classes.txt")[20] == "tvmonitor"
     assert sorted(p.name for p in tmp_path.iterdir() if "part" in p.name) == []
-    assert "20 pictures in lists/train.txt, 6 pictures in lists/val.txt" in report
-    assert "lists/train.txt has 20 pictures, the field's list 5,953" in report
+    assert re.search(r"out: 20 pictures in lists/train\.txt \(SHA-256 \w{12}…\), 6 pictures in lists/val\.txt", report)
+    assert "lists/train.txt has 20 pictures, the published list 5,953" in report
 
 
 def test_folders_and_archives_give_the_same_folder(prepared: Path, tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_the_summary_says_what_was_made_and_what_differs(prepared: Path) -> None
     sha256 = hashlib.sha256((prepared / "lists/train.txt").read_bytes()).hexdigest()
     assert summary["lists"]["train"] == {"pictures": 20, "sha256": sha256}
     assert not summary["agrees_with_the_field"]
-    assert "lists/val.txt has 6 pictures, the field's list 1,449" in summary["mismatches"]
+    assert "lists/val.txt has 6 pictures, the published list 1,449" in summary["mismatches"]
     fold = summary["folds"]["pascal"][1]["train_trick"]
     assert (
         fold["pictures"] == sum(fold["of_class"].values()) == sum(not 6 <= class_of(name) <= 10 for name in SMALL_TRAIN)
@@ -196,21 +198,21 @@ def test_agreement_with_the_expected_counts_is_said(sources: tuple[Path, Path], 
     report = prepare_pascal(
         *sources, tmp_path / "out", workers=0, console=Console(quiet=True), expected=Expected({"train": 20, "val": 6})
     )
-    assert "every count that is known of the field's own lists agrees" in report
+    assert "every count that is known of the published lists agrees" in report
 
 
 def test_the_expected_counts_are_those_of_the_specification() -> None:
     folds = PASCAL.folds["pascal"]
-    assert [(f.train_trick.pictures, f.train.pictures, f.val.pictures) for f in folds] == [
+    assert [tuple(f[kind].pictures for kind in ("train_trick", "train", "val")) for f in folds] == [
         (4208, 4760, 364),
         (3726, 4588, 445),
         (2752, 4097, 592),
         (4510, 5108, 336),
     ]
-    assert folds[1].train_trick.of_class[20] == 190
-    assert folds[2].val.of_class == {11: 73, 12: 125, 13: 76, 14: 74, 15: 386}
-    assert all(not (f.train.of_class.keys() & f.val.of_class.keys()) for f in folds)
-    assert {f.train.of_class[20] for f in folds[:3]} == {287}
+    assert folds[1]["train_trick"].of_class[20] == 190
+    assert folds[2]["val"].of_class == {11: 73, 12: 125, 13: 76, 14: 74, 15: 386}
+    assert all(not (f["train"].of_class.keys() & f["val"].of_class.keys()) for f in folds)
+    assert {f["train"].of_class[20] for f in folds[:3]} == {287}
 
 
 def test_the_command(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +220,7 @@ def test_the_command(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.
     assert main([*command, "--workers", "0"]) == 0
     assert "pascal: fold  training †  training  validation" in capsys.readouterr().out
     assert main([*command, "--workers", "0"]) == 0
-    assert "out is already prepared from these files" in capsys.readouterr().out
+    assert "out is already prepared, from files of the same names and sizes" in capsys.readouterr().out
     assert main([*command, "--workers", "-1"]) == 2
     assert "'-1' is not a whole number from 0" in capsys.readouterr().err
     assert main([*command, "data.fold=1"]) == 2
@@ -263,6 +265,46 @@ def test_other_options_or_files_do_not_go_on_with_a_part(sources: tuple[Path, Pa
         FileExistsError, match=r"out was prepared from other files or with other options \(different: base labels\)"
     ):
         prepare(sources, tmp_path / "out", base_labels=True)
+
+
+def test_a_part_made_from_other_masks_of_the_same_size_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    sources, out = packed("folders", *small_voc_and_sbd(), tmp_path), tmp_path / "out"
+    path = next(sources[0].rglob(f"SegmentationClass/{SMALL_VAL[0]}.png"))
+    values = read_label(path)
+    Image.fromarray(values).save(path, compress_level=0)
+    with monkeypatch.context() as patched:
+        patched.setattr("svf_fast.train.prepare.pascal.finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(sources, out)
+    file_bytes = path.stat().st_size
+    Image.fromarray(np.where(values == 0, np.uint8(1), np.uint8(0))).save(path, compress_level=0)
+    assert path.stat().st_size == file_bytes
+    with pytest.raises(FileExistsError, match="begun with other contents of files of the same names and sizes"):
+        prepare(sources, out)
+
+
+def test_a_finished_folder_that_was_changed_is_told_from_a_whole_one(
+    sources: tuple[Path, Path], prepared: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(prepared, tmp_path / "out")
+    assert "is already prepared, from files of the same names and sizes" in prepare(sources, out, base_labels=True)
+    (out / f"JPEGImages/{SMALL_VAL[0]}.jpg").unlink()
+    with (out / f"SegmentationClassAug/{SMALL_VAL[1]}.png").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match="has been changed since; remove it to have it made again: 2 problems"):
+        prepare(sources, out, base_labels=True)
+
+
+def test_missing_lists_of_both_sources_are_named_together(tmp_path: Path) -> None:
+    voc, sbd = small_voc_and_sbd()
+    del voc["ImageSets/Segmentation/val.txt"], sbd["train.txt"]
+    with pytest.raises(ValueError, match=r"(?s)2 problems\n.*sbd.*train\.txt is missing\n.*val\.txt is missing$"):
+        prepare(packed("folders", voc, sbd, tmp_path), tmp_path / "out")
 
 
 def test_the_separately_published_list_is_followed_and_compared() -> None:

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from pascal_archives import as_folder, as_tar
@@ -93,14 +94,49 @@ def test_links_and_paths_of_an_archive_lead_nowhere(tmp_path: Path) -> None:
     assert not (tmp_path.parent / "outside").exists()
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_links_inside_a_tar_are_the_files_that_they_lead_to(tmp_path: Path, mode: Literal["w", "w:gz"]) -> None:
+    with tarfile.open(tmp_path / "a.tar", mode) as archive:
+        file = tarfile.TarInfo("top/a.txt")
+        file.size = 1
+        archive.addfile(file, io.BytesIO(b"x"))
+        for name, kind, target in (
+            ("top/hard.txt", tarfile.LNKTYPE, "top/a.txt"),
+            ("top/soft.txt", tarfile.SYMTYPE, "../top/a.txt"),
+            ("top/nowhere.txt", tarfile.SYMTYPE, "/etc/passwd"),
+        ):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            archive.addfile(link)
+    names = ["top/a.txt", "top/hard.txt", "top/soft.txt"]
+    source = open_source(tmp_path / "a.tar")
+    assert source.names() == names
+    assert dict(source.stream(names)) == dict.fromkeys(names, b"x")
+
+
+def test_every_damaged_member_of_a_zip_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:  # not compressed
+        for name in ("first", "second", "third"):
+            archive.writestr(name, name * 50)
+    content = path.read_bytes()
+    for name in (b"first", b"third"):
+        content = content.replace(name * 2, name[::-1] * 2, 1)
+    path.write_bytes(content)
+    found: list[str] = []
+    with pytest.raises(ValueError, match=r"a\.zip .*first: .*third: ") as caught:
+        found += [name for name, _ in open_source(path).stream(["first", "second", "third"])]
+    assert "second" not in str(caught.value)
+
+
 def test_a_workspace_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     original = tmp_path / "original"
     original.write_bytes(b"picture")
     workspace = Workspace(tmp_path / "out", {"rule": 1})
     assert list(tmp_path.iterdir()) == [original]
-    workspace.begin()
-    workspace.place("lists/a.txt", b"a")
-    workspace.link("pictures/b", original)
+    with workspace.begun():
+        workspace.place("lists/a.txt", b"a")
+        workspace.link("pictures/b", original)
     assert workspace.has("lists/a.txt")
     assert not workspace.has("lists/b.txt")
     assert not (tmp_path / "out").exists()
@@ -113,6 +149,54 @@ def test_a_workspace_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (tmp_path / "out/pictures/b").samefile(original)
 
 
+def test_no_second_call_works_in_the_same_part_folder(tmp_path: Path) -> None:
+    first, second = (Workspace(tmp_path / "out", {}) for _ in range(2))
+    with first.begun():
+        with pytest.raises(BlockingIOError, match=r"another call is at work in .*out\.part"), second.begun():
+            pass
+        first.place("file", b"1")
+        first.finish()
+    with pytest.raises(FileExistsError, match="out was made by another call"), second.begun():
+        pass
+    with pytest.raises(OSError, match=r"out\.part was taken away"):
+        second.place("file", b"2")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_part_folder_that_was_stopped_before_its_plan_is_taken_up(tmp_path: Path) -> None:
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part/.plan.json.part").write_bytes(b"{")
+    with Workspace(tmp_path / "out", {}).begun():
+        assert sorted(path.name for path in (tmp_path / "out.part").iterdir()) == ["plan.json"]
+
+
+def test_files_made_from_something_else_are_not_taken_up(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "out", {})
+    with workspace.begun():
+        workspace.bind("labels.sha256", "1")
+        workspace.bind("labels.sha256", "1")
+        with pytest.raises(FileExistsError, match=r"out\.part was begun with other contents .*labels\.sha256"):
+            workspace.bind("labels.sha256", "2")
+
+
+def test_a_file_is_linked_again_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "original").write_bytes(b"picture")
+    workspace = Workspace(tmp_path / "out", {})
+    with workspace.begun():
+        for _ in range(2):
+            workspace.link("picture", tmp_path / "original")
+    assert sorted(path.name for path in workspace.part.iterdir()) == ["picture", "plan.json"]
+
+
+def test_a_file_that_may_not_be_linked_needs_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "original").write_bytes(b"picture")
+    workspace = Workspace(tmp_path / "out", {})
+    assert workspace.can_link(tmp_path / "original")
+    monkeypatch.setattr(os, "geteuid", lambda: os.stat(tmp_path).st_uid + 1)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert not workspace.can_link(tmp_path / "original")
+
+
 def test_what_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
@@ -120,15 +204,15 @@ def test_what_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "link", refuse)
     (tmp_path / "original").write_bytes(b"picture")
     workspace = Workspace(tmp_path / "out", {})
-    workspace.begin()
-    workspace.link("copy", tmp_path / "original")
+    with workspace.begun():
+        workspace.link("copy", tmp_path / "original")
     assert (workspace.part / "copy").read_bytes() == b"picture"
 
 
 def test_a_file_that_a_power_cut_left_empty_is_not_there(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "out", {})
-    workspace.begin()
-    workspace.place("cut", b"")
+    with workspace.begun():
+        workspace.place("cut", b"")
     assert not workspace.has("cut")
 
 
@@ -161,6 +245,6 @@ def test_jobs_are_made_only_a_few_ahead() -> None:
 
 def test_a_workspace_can_be_given_to_workers(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "out", {"a": 1})
-    workspace.begin()
-    pickle.loads(pickle.dumps(workspace)).place("file", b"1")
+    with workspace.begun():
+        pickle.loads(pickle.dumps(workspace)).place("file", b"1")
     assert workspace.has("file")

@@ -59,6 +59,13 @@ def test_the_list_file_may_be_absolute_and_have_empty_lines(tmp_path: Path) -> N
     assert len(VOCFolder(root, {1: "something else"}).split(outside, (1,))) == 1
 
 
+def test_the_root_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "data", {"a": draw(80, 90, [big(1)])})
+    monkeypatch.chdir(tmp_path)
+    folder = VOCFolder("data")
+    assert len(folder.split("list.txt", (1,))) == len(folder.whole("list.txt", (1,))) == 1
+
+
 def test_all_unusable_files_are_listed_at_once(tmp_path: Path) -> None:
     names = ["fine", "no_picture", "no_label", "cut_picture", "cut_label", "sizes", "colours", "unknown"]
     noise = np.random.default_rng(0).integers(1, 4, (80, 90), dtype=np.uint8)

@@ -50,9 +50,10 @@ def take_census(
     *,
     earlier: Census | None = None,
     named: str | None = None,
+    workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Census:
-    """Read the labels and the pictures' headers of `pairs` (relative to `root`), in threads.
+    """Read the labels and the pictures' headers of `pairs` (relative to `root`), in `workers` threads (None: a few a core).
 
     A row of `earlier` is taken over when both files still have the sizes in bytes that it recorded and its classes are
     known. `on_progress(done, all)` is called now and then. Raises one ValueError that lists every pair that cannot be
@@ -66,13 +67,16 @@ def take_census(
         return [_row_or_problem(str(root), pair, known, recorded.get(pair)) for pair in some]
 
     found: list[CensusRow | str] = []
-    # decoding runs outside Python's lock; tasks of several pairs, because one alone would cost as much as its checks
-    with ThreadPoolExecutor(thread_name_prefix="census") as pool:
+    # threads wait for the disk together; where the files are in memory they gain nothing, since counting holds Python's lock
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="census")
+    try:
         tasks = (pairs[start : start + _PAIRS_A_TASK] for start in range(0, len(pairs), _PAIRS_A_TASK))
         for rows in pool.map(rows_of, tasks):
             found += rows
             if on_progress is not None:
                 on_progress(len(found), len(pairs))
+    finally:
+        pool.shutdown(cancel_futures=True)
     problems = [problem for problem in found if isinstance(problem, str)]
     if problems:
         head = f"{len(problems)} of the {len(pairs)} lines of {named or root} cannot be used:"
@@ -83,6 +87,23 @@ def take_census(
 def census_path(list_file: Path) -> Path:
     """Where the census of a list lies: `lists/train.census.json` beside `lists/train.txt`."""
     return list_file.with_suffix(".census.json")
+
+
+def changed_files(root: Path, rows: Iterable[CensusRow]) -> list[str]:
+    """A sentence for every picture or label that is missing or has another size in bytes than its row says."""
+    sentences: list[str] = []
+    for row in rows:
+        for name, expected in zip((row.image, row.label), row.file_bytes, strict=True):
+            # plain strings: joining Path objects takes longer than the system call
+            path = os.path.join(root, name)
+            try:
+                found = os.stat(path).st_size
+            except OSError:
+                sentences.append(f"{path} does not exist")
+                continue
+            if found != expected:
+                sentences.append(f"{path} has {found:,} bytes; it had {expected:,} when the census was taken")
+    return sentences
 
 
 def write_census(path: Path, census: Census, list_sha256: str) -> None:
@@ -99,7 +120,10 @@ def read_census(path: Path, pairs: Sequence[Pair], list_sha256: str) -> Census |
 
     Raises FileNotFoundError, or ValueError for a file that is no whole and consistent census.
     """
-    document = read_document(path, _FORMAT, _VERSION)
+    try:
+        document = read_document(path, _FORMAT, _VERSION)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_remedy(path)}") from None
     if document.get("list_sha256") != list_sha256:
         return None
     pictures = document.get("pictures")

@@ -34,12 +34,12 @@ def read_document(path: Path, format_name: str, version: int) -> dict[str, Any]:
 def read_json(path: Path) -> object:
     """Plain data. FileNotFoundError for a missing file, ValueError (with the place) for one that is no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
-    except (OSError, UnicodeDecodeError, RecursionError):
+    except (OSError, ValueError, RecursionError):  # no UTF-8, or a number of more digits than Python reads
         raise ValueError(f"{path} cannot be read as a JSON file") from None
 
 

@@ -235,7 +235,13 @@ class EpisodeSampler:
         """
         entry = self.split.entries[index]
         image, label = self._cache.pair(self.split.root / entry.image, self.split.root / entry.label)
-        return image, np.asarray(cv2.LUT(label, _class_first(class_id)), np.uint8)
+        classes = np.asarray(cv2.LUT(label, _class_first(class_id)), np.uint8)
+        if class_id in entry.present_classes and not (classes == 1).any():
+            raise ValueError(
+                f"{self.split.root / entry.label} shows no pixel of class {class_id}, but the census or fold index of "
+                f"{self.split.list_file} has it there: the label was changed, remove that file to have labels read again"
+            )
+        return image, classes
 
     def _transform(self, image: Bytes, label: Bytes, source: random.Random, target: Tensor) -> Bytes:
         """Writes the transformed picture into `target` [3, S, S]; returns the transformed label [S, S]."""

@@ -4,14 +4,16 @@ on reading; nothing in it is run. Knows of a rule and a fold only the names."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from svf_fast.train.data.census import Pair, census_path, changed_files, read_census
 from svf_fast.train.data.documents import is_whole_number, read_document, write_document
-from svf_fast.train.data.lists import list_sha256, read_pairs
+from svf_fast.train.data.lists import read_pairs
 from svf_fast.train.data.split import Entry, Split
+from svf_fast.train.files import sha256_of
 
 _FORMAT, _VERSION = "svf_fast fold index", 1
 
@@ -33,7 +35,7 @@ def write_fold_index(
         "fold": fold,
         "dropped": sorted(dropped),
         "list": list_file.as_posix(),
-        "list_sha256": list_sha256(split.list_file),
+        "list_sha256": sha256_of(split.list_file),
         "rows": [row_of[entry.image, entry.label] for entry in split.entries],
         "present_classes": [entry.present_classes for entry in split.entries],
         "files_of_class": {str(c): files for c, files in split.files_of_class.items()},
@@ -69,7 +71,7 @@ def read_fold_index(
             raise ValueError(f"{path} is of {origin}, with {what} {sorted(made)}; expected {what} {sorted(set(asked))}")
     list_file = root / document["list"]
     pairs = read_pairs(list_file)
-    if list_sha256(list_file) != document["list_sha256"]:
+    if sha256_of(list_file) != document["list_sha256"]:
         raise ValueError(f"{path} belongs to another content of {list_file}: make the index anew")
     rows, present = document["rows"], document["present_classes"]
     if rows[-1] >= len(pairs):
@@ -82,7 +84,7 @@ def read_fold_index(
         entries=tuple(Entry(*pairs[row], tuple(shown)) for row, shown in zip(rows, present, strict=True)),
         files_of_class={int(c): tuple(files) for c, files in document["files_of_class"].items()},
     )
-    _require_files(split, path)
+    _require_files(split, path, rows, pairs)
     return split
 
 
@@ -126,9 +128,15 @@ def _damaged(path: Path, key: str, expected: str) -> ValueError:
     return ValueError(f"{path}: {key} is damaged; expected {expected}; make the index anew")
 
 
-def _require_files(split: Split, path: Path) -> None:
-    names = (name for entry in split.entries for name in (entry.image, entry.label))
-    # plain strings: joining Path objects takes longer than the system call
-    missing = [name for name in names if not os.path.isfile(os.path.join(split.root, name))]
-    if missing:
-        raise ValueError("\n  ".join([f"{len(missing)} files of {path} are not in {split.root}:", *missing]))
+def _require_files(split: Split, path: Path, rows: Iterable[int], pairs: Sequence[Pair]) -> None:
+    """All files are there, and as large as the list's census says, where that lies beside the list."""
+    kept = census_path(split.list_file)
+    census = read_census(kept, pairs, sha256_of(split.list_file)) if kept.is_file() else None
+    if census is not None:
+        problems = changed_files(split.root, (census.rows[row] for row in rows))
+    else:
+        names = (name for entry in split.entries for name in (entry.image, entry.label))
+        paths = (os.path.join(split.root, name) for name in names)
+        problems = [f"{found} does not exist" for found in paths if not os.path.isfile(found)]
+    if problems:
+        raise ValueError("\n  ".join([f"{len(problems)} files of {path} cannot be used:", *problems]))

@@ -5,10 +5,11 @@ Knows names, not what stands behind them.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from svf_fast.train.data import BACKGROUND, VOID
+
+_LONGEST_ID = 9  # digits; Python refuses to read numbers of thousands
 
 
 def read_classes(path: Path) -> dict[int, str]:
@@ -16,7 +17,7 @@ def read_classes(path: Path) -> dict[int, str]:
     classes: dict[int, str] = {}
     for number, line in _numbered_lines(path):
         identifier, _, name = line.partition(" ")
-        if not identifier.isdecimal() or not name.strip():
+        if not identifier.isdecimal() or len(identifier) > _LONGEST_ID or not name.strip():
             raise ValueError(f"{path} line {number} is {line!r}; expected `id name`")
         if int(identifier) in classes:
             raise ValueError(f"{path} line {number} gives class {identifier} a second time")
@@ -48,11 +49,6 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     return list(first_line_of)
 
 
-def list_sha256(path: Path) -> str:
-    """SHA-256 of a list file's bytes, hexadecimal: tells whether what was made from the list still belongs to it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def require_class_id(class_id: int, where: str) -> None:
     """ValueError unless the id is between background and void."""
     if not BACKGROUND < class_id < VOID:
@@ -63,7 +59,8 @@ def require_class_id(class_id: int, where: str) -> None:
 
 def _numbered_lines(path: Path) -> list[tuple[int, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        # some editors put a mark in front of UTF-8
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError):

@@ -12,6 +12,10 @@ from svf_fast.train.data.census import Census
 MINIMUM_CLASS_PIXELS = 2 * 32 * 32  # a class smaller than this in a label, at its original size, does not count
 
 
+class EmptySplitError(ValueError):
+    """No picture of a list serves the classes that were asked for."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One picture of a split: paths as in the list file, and the split's classes in its label, however small.
@@ -76,7 +80,7 @@ def split_of(
             files_of_class[class_id].append(len(entries))
         entries.append(Entry(row.image, row.label, tuple(c for c in wanted if c in row.class_pixels)))
     if not entries:
-        raise ValueError(
+        raise EmptySplitError(
             f"{list_file} leaves no picture for the classes {list(wanted)}: none of its {len(census.rows)} labels shows "
             f"one of them on at least {MINIMUM_CLASS_PIXELS} pixels"
             + (f" without a class of {list(dropped)}" if dropped else "")
@@ -114,7 +118,7 @@ def whole_of(
         if not any(c in row.class_pixels for c in dropped)
     )
     if not entries:
-        raise ValueError(f"{list_file} leaves no picture without a class of {list(dropped)}")
+        raise EmptySplitError(f"{list_file} leaves no picture without a class of {list(dropped)}")
     return Split(
         root=root,
         list_file=list_file,

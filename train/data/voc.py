@@ -1,7 +1,8 @@
 """Folders in Pascal-VOC layout: a data root, its classes, and the splits of its lists.
 
-A list file has one `image label` pair a line, relative to the root. Every file of a list is checked here, once, so that
-`episodes.py` meets no surprises in the middle of a run. Knows nothing of tensors or of how episodes are drawn.
+A list file has one `image label` pair a line, relative to the root. Every file of a list is looked at here, once, so that
+`episodes.py` meets few surprises in the middle of a run: read, or where a census or a fold index lies beside the list,
+compared with it by size. Knows nothing of tensors or of how episodes are drawn.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from rich.progress import Progress
 
 from svf_fast.train.data.census import Census, census_path, read_census, take_census
 from svf_fast.train.data.fold_index import read_fold_index
-from svf_fast.train.data.lists import list_sha256, read_classes, read_pairs, require_class_id
+from svf_fast.train.data.lists import read_classes, read_pairs, require_class_id
 from svf_fast.train.data.split import Split, split_of, whole_of
+from svf_fast.train.files import sha256_of
 
 
 class VOCFolder:
@@ -36,7 +38,8 @@ class VOCFolder:
         `split_of`; a `.json` file is a fold index, which must have been made for the same classes.
 
         Raises FileNotFoundError or ValueError, naming every file that is missing, truncated, of another size than its
-        partner, or labelled with an unknown class.
+        partner, or labelled with an unknown class; of a fold index, every file that is missing, or of another size in
+        bytes than the census beside its list says.
         """
         path = self.root / list_file
         if path.suffix == ".json":
@@ -44,7 +47,7 @@ class VOCFolder:
                 path, self.root, self.classes, class_ids=class_ids, drop_images_with=drop_images_with
             )
         return split_of(
-            self.census(path),
+            self.census(list_file),
             class_ids,
             root=self.root,
             list_file=path,
@@ -59,7 +62,7 @@ class VOCFolder:
         if path.suffix == ".json":
             raise ValueError(f"{path} is a fold index, but every picture of a list is asked for: give the list file")
         return whole_of(
-            self.census(path),
+            self.census(list_file),
             class_ids,
             root=self.root,
             list_file=path,
@@ -73,7 +76,7 @@ class VOCFolder:
         path = self.root / list_file
         pairs = read_pairs(path)
         kept = census_path(path)
-        earlier = read_census(kept, pairs, list_sha256(path)) if kept.is_file() else None
+        earlier = read_census(kept, pairs, sha256_of(path)) if kept.is_file() else None
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"Checking {path.name}", total=len(pairs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import posixpath
 import re
 import stat
 import tarfile
@@ -180,8 +181,7 @@ class _Tar(Source):
             with tarfile.open(path, "r:", tarinfo=_StrictTarInfo) as archive:
                 # a name that comes twice counts as in an extraction: the last one stays
                 for member in archive:
-                    if member.isfile():
-                        self._places[_clean(member.name)] = _Place(member.offset_data, member.size)
+                    _note(member, self._places)
         except _DAMAGE as error:
             raise _damaged(path, error) from error
 
@@ -216,8 +216,8 @@ class _GzippedTar(Source):
             with gzip.open(path) as file:
                 for archive, member in _pass_over(file):
                     name = _clean(member.name)
-                    self._places[name] = _Place(member.offset_data, member.size)
-                    if name.endswith(".txt") and member.size <= _KEPT_TEXT_BYTES:
+                    _note(member, self._places)
+                    if member.isfile() and name.endswith(".txt") and member.size <= _KEPT_TEXT_BYTES:
                         self._texts[name] = _member_bytes(archive, member)
                 while file.read(_BLOCK_BYTES):
                     pass
@@ -234,18 +234,21 @@ class _GzippedTar(Source):
         return self._texts[name] if name in self._texts else super().read(name)
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        wanted = {name: self._places[name].offset for name in names}
+        wanted: dict[int, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self._places[name].offset, []).append(name)
         if not wanted:
             return
         try:
             with gzip.open(self.path) as file:
                 for archive, member in _pass_over(file):
-                    name = _clean(member.name)
-                    if wanted.get(name) == member.offset_data:
-                        yield name, _member_bytes(archive, member)
-                        del wanted[name]
-                        if not wanted:
-                            return
+                    if not member.isfile() or member.offset_data not in wanted:
+                        continue
+                    content = _member_bytes(archive, member)
+                    for name in wanted.pop(member.offset_data):
+                        yield name, content
+                    if not wanted:
+                        return
         except _DAMAGE as error:
             raise _damaged(self.path, error) from error
 
@@ -269,12 +272,16 @@ class _Zip(Source):
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         with zipfile.ZipFile(self.path) as archive:
+            damaged: list[str] = []
             for name in sorted(names, key=lambda name: self._members[name].header_offset):
                 try:
                     content = archive.read(self._members[name])
                 except _DAMAGE as error:
-                    raise _damaged(self.path, f"{name}: {error}") from error
+                    damaged.append(f"{name}: {error}")
+                    continue
                 yield name, content
+            if damaged:
+                raise _damaged(self.path, "; ".join(damaged))
 
 
 class _Below(Source):
@@ -320,11 +327,24 @@ def _clean(name: str) -> str:
 
 
 def _pass_over(file: gzip.GzipFile) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The regular files of a tar that can only be read forwards. tarfile's own gzip reader takes a cut file for a finished one."""
+    """The files and links of a tar that can only be read forwards. tarfile's own gzip reader takes a cut file for a finished one."""
     with tarfile.open(fileobj=file, mode="r|", bufsize=_BLOCK_BYTES, tarinfo=_StrictTarInfo) as archive:
         for member in archive:
-            if member.isfile():
+            if member.isfile() or member.islnk() or member.issym():
                 yield archive, member
+
+
+def _note(member: tarfile.TarInfo, places: dict[str, _Place]) -> None:
+    """Where a member's bytes are: its own, or those of an earlier file of the archive that it is a link of."""
+    name = _clean(member.name)
+    if member.isfile():
+        places[name] = _Place(member.offset_data, member.size)
+        return
+    target = _clean(member.linkname)
+    if member.issym():
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+    if (member.islnk() or member.issym()) and target in places:
+        places[name] = places[target]
 
 
 def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -25,7 +25,7 @@ from svf_fast.train.prepare.coco_annotations import Picture, read_instances
 from svf_fast.train.prepare.coco_categories import COCO_CATEGORIES
 from svf_fast.train.prepare.coco_labels import draw_label
 from svf_fast.train.prepare.expected import COCO, Expected
-from svf_fast.train.prepare.finish import DataSet, finish
+from svf_fast.train.prepare.finish import DataSet, already_prepared, finish
 from svf_fast.train.prepare.pictures import needed_bytes, picture_size, place_pictures
 from svf_fast.train.prepare.problems import Problems
 from svf_fast.train.prepare.work import run_jobs
@@ -61,20 +61,20 @@ def prepare_coco(
         parts = _open_parts(Path(coco))
         workspace = Workspace(out, {"data set": "coco", "layout": _LAYOUT, "base labels": base_labels, **_plan(parts)})
         if workspace.is_finished:
-            return f"{out} is already prepared from these files"
+            return already_prepared(workspace.out)
         pictures, notes = _read_and_check(parts, workers, shown)
         workspace.require_room(_needed_bytes(parts, pictures, workspace, base_labels))
-        workspace.begin()
-        pairs = {part.name: _place(part, pictures.pop(part.name), workspace, workers, shown) for part in parts}
-        data_set = DataSet(
-            classes=dict(enumerate(COCO_CATEGORIES.values(), start=1)),
-            lists=pairs,
-            rules=_RULES,
-            expected=expected,
-            sources={"coco": str(coco)},
-            notes=notes,
-        )
-        return finish(workspace, data_set, base_labels=base_labels, workers=workers, shown=shown)
+        with workspace.begun():
+            pairs = {part.name: _place(part, pictures.pop(part.name), workspace, workers, shown) for part in parts}
+            data_set = DataSet(
+                classes=dict(enumerate(COCO_CATEGORIES.values(), start=1)),
+                lists=pairs,
+                rules=_RULES,
+                expected=expected,
+                sources={"coco": str(coco)},
+                notes=notes,
+            )
+            return finish(workspace, data_set, base_labels=base_labels, workers=workers, shown=shown)
 
 
 def pair_of(part_name: str, picture: Picture) -> Pair:
@@ -149,8 +149,14 @@ def _open_either(coco: Path, folder: str, archive: str, problems: Problems) -> S
 
 
 def _path_of_name(source: Source | None) -> dict[str, str]:
-    """File name → path, wherever in the source it lies; links that lead nowhere are not there."""
-    return {PurePosixPath(path).name: path for path in source.names() if path in source} if source is not None else {}
+    """File name → path, wherever in the source it lies; of one that comes twice, the nearest to the top. Links that lead nowhere are not
+    there."""
+    paths = sorted((path for path in source.names() if path in source), key=_depth) if source is not None else []
+    return {PurePosixPath(path).name: path for path in reversed(paths)}
+
+
+def _depth(path: str) -> tuple[int, str]:
+    return path.count("/"), path
 
 
 def _plan(parts: Iterable[_Part]) -> dict[str, object]:

@@ -115,6 +115,9 @@ def _parse(text: str, name: str, problems: Problems) -> dict[str, Any]:
             f"{name} is no valid JSON at character {error.pos + 1} of {len(text)} ({error.msg}); is it complete?"
         )
         return {}
+    except ValueError:
+        problems.add(f"{name} holds a number of more digits than can be read")
+        return {}
     except RecursionError:
         problems.add(f"{name} is nested too deeply for an instance file")
         return {}

@@ -102,8 +102,10 @@ def _read_polygon(value: object) -> array[float]:
 
 def _read_run_lengths(value: dict[str, object]) -> RunLengths:
     size, counts = value.get("size"), value.get("counts")
-    if not _is_list_of(size, int) or len(size) != 2:
-        raise ValueError(f"its run lengths have the size {reprlib.repr(size)}; expected [height, width]")
+    if not _is_list_of(size, int) or len(size) != 2 or not all(0 < side <= _FARTHEST_COORDINATE for side in size):
+        raise ValueError(
+            f"its run lengths have the size {reprlib.repr(size)}; expected [height, width], each 1 to {_FARTHEST_COORDINATE}"
+        )
     pixels = size[0] * size[1]
     numbers: NDArray[np.int64] | None = None
     if isinstance(counts, str):

@@ -44,7 +44,14 @@ def add_prepare(commands: Any) -> None:
     )
     index.set_defaults(run=_index)
 
-    for parser in (pascal, coco, index):
+    folder = data_sets.add_parser(
+        "folder", help="your own folder in VOC layout: checked, and a census beside each list"
+    )
+    folder.add_argument("root", metavar="DIR", type=Path, help="classes.txt, lists/*.txt, pictures and labels")
+    folder.add_argument("--workers", metavar="N", type=_count, default=default_workers(), help="threads")
+    folder.set_defaults(run=_folder)
+
+    for parser in (pascal, coco, index, folder):
         parser.set_defaults(takes_overrides=False)
 
 
@@ -105,6 +112,13 @@ def _index(options: argparse.Namespace, overrides: list[str]) -> int:
             options.data_list, options.sub_classes, root=options.root, out=options.out, console=_console()
         )
     )
+    return 0
+
+
+def _folder(options: argparse.Namespace, overrides: list[str]) -> int:
+    from svf_fast.train.prepare.folder import prepare_folder
+
+    print(prepare_folder(options.root, workers=options.workers, console=_console()))
     return 0
 
 

@@ -14,12 +14,22 @@ from pathlib import Path, PurePosixPath
 import cv2
 
 from svf_fast.train.data.base_labels import base_label_values
-from svf_fast.train.data.census import Census, Pair, census_path, read_census, take_census, write_census
+from svf_fast.train.data.census import (
+    Census,
+    CensusRow,
+    Pair,
+    census_path,
+    changed_files,
+    read_census,
+    take_census,
+    write_census,
+)
 from svf_fast.train.data.fold_index import write_fold_index
 from svf_fast.train.data.folds import FOLD_RULES, Fold, fold_of
-from svf_fast.train.data.lists import list_sha256
+from svf_fast.train.data.lists import read_pairs
 from svf_fast.train.data.reading import Bytes, read_label
-from svf_fast.train.data.split import split_of
+from svf_fast.train.data.split import EmptySplitError, split_of
+from svf_fast.train.files import sha256_of
 from svf_fast.train.prepare.expected import Counted, Expected, FoldCounts
 from svf_fast.train.prepare.problems import Problems
 from svf_fast.train.prepare.report import mismatches, render
@@ -29,6 +39,7 @@ from svf_fast.train.progress import WorkProgress
 
 _PACKAGES = ("svf-fast", "numpy", "pillow", "opencv-python-headless", "scipy", "pycocotools")
 _LABELS_A_JOB = 16
+_PICTURES_A_JOB = 128
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ def finish(workspace: Workspace, data_set: DataSet, *, base_labels: bool, worker
     Raises ValueError when a label in the part folder cannot be used, naming every one; OSError when the disk does not take it.
     """
     workspace.place("classes.txt", "".join(f"{c} {name}\n" for c, name in data_set.classes.items()).encode())
-    censuses = {part: _census(workspace, data_set, part, shown) for part in data_set.lists}
+    censuses = {part: _census(workspace, data_set, part, workers, shown) for part in data_set.lists}
     counts: dict[str, tuple[FoldCounts, ...]] = {}
     notes = list(data_set.notes)
     for rule in data_set.rules:
@@ -70,27 +81,50 @@ def finish(workspace: Workspace, data_set: DataSet, *, base_labels: bool, worker
     return render(workspace.out, found, data_set.classes, notes, differences)
 
 
-def _census(workspace: Workspace, data_set: DataSet, part: str, shown: WorkProgress) -> Census:
-    """The list as a file and its census, taken up where an earlier call has left one."""
+def already_prepared(out: Path) -> str:
+    """What to say of a folder that is there, whole, from sources of the same names and sizes. ValueError names every picture and label
+    that is no longer as it was written."""
+    problems = Problems()
+    for list_file in sorted((out / "lists").glob("*.txt")):
+        path = census_path(list_file)
+        if not path.is_file():  # a list of the user's own
+            continue
+        census = read_census(path, read_pairs(list_file), sha256_of(list_file))
+        if census is None:
+            problems.add(f"{list_file} is not the list that {path.name} was made for")
+        else:
+            problems.extend(changed_files(out, census.rows))
+    problems.raise_all(f"{out} was prepared but has been changed since; remove it to have it made again")
+    return f"{out} is already prepared, from files of the same names and sizes"
+
+
+def _census(workspace: Workspace, data_set: DataSet, part: str, workers: int, shown: WorkProgress) -> Census:
+    """The list as a file and its census. A stopped call's is not taken up: labels may have been replaced since."""
     pairs = data_set.lists[part]
     text = "".join(f"{image} {label}\n" for image, label in pairs).encode()
     name = f"lists/{part}.txt"
     workspace.place(name, text)
     path = census_path(workspace.part / name)
     digest = hashlib.sha256(text).hexdigest()
-    earlier = read_census(path, pairs, digest) if path.is_file() else None
+    jobs = [pairs[start : start + _PICTURES_A_JOB] for start in range(0, len(pairs), _PICTURES_A_JOB)]
     count = shown.counter(f"census of {part}", len(pairs))
-    census = take_census(
-        workspace.part,
-        pairs,
-        data_set.classes,
-        earlier=earlier,
-        named=f"{name} (remove {workspace.part} to have them made again)",
-        on_progress=lambda done, _: count(done),
+    problems = Problems()
+    rows = run_jobs(
+        partial(_rows, workspace.part, tuple(data_set.classes)),
+        jobs,
+        workers=workers,
+        problems=problems,
+        progress=lambda done: count(min(done * _PICTURES_A_JOB, len(pairs))),
     )
+    problems.raise_all(f"{name} cannot be used; remove {workspace.part} to have its files made again")
+    census = Census(tuple(row for some in rows for row in some or ()))
     with workspace.writing(path.relative_to(workspace.part).as_posix()):
         write_census(path, census, digest)
     return census
+
+
+def _rows(root: Path, class_ids: Sequence[int], pairs: Sequence[Pair]) -> tuple[CensusRow, ...]:
+    return take_census(root, pairs, class_ids, workers=1).rows
 
 
 def _write_fold(
@@ -120,14 +154,14 @@ def _write_fold(
                 classes=data_set.classes,
                 drop_images_with=dropped,
             )
-        except ValueError:  # no picture is left: all else that is refused cannot be here
+        except EmptySplitError:
             notes.append(f"{name} was not written: no picture of lists/{part}.txt counts for it")
             counted[kind] = Counted(0, dict.fromkeys(class_ids, 0))
             continue
         with workspace.writing(name) as path:
             write_fold_index(path, split, rule=rule, fold=index, dropped=dropped)
         counted[kind] = Counted(len(split), {c: len(files) for c, files in split.files_of_class.items()})
-    return FoldCounts(**counted)
+    return counted
 
 
 def _place_base_labels(
@@ -164,14 +198,17 @@ def _place_some_base_labels(workspace: Workspace, tables: Sequence[Bytes], job: 
 def _summary(
     workspace: Workspace, data_set: DataSet, found: Expected, notes: Sequence[str], differences: Sequence[str]
 ) -> bytes:
-    """Deterministic: the same sources give the same file."""
+    """No dates in it: a stopped call ends with the same file."""
     lists = {
-        part: {"pictures": length, "sha256": list_sha256(workspace.part / "lists" / f"{part}.txt")}
+        part: {"pictures": length, "sha256": sha256_of(workspace.part / "lists" / f"{part}.txt")}
         for part, length in found.list_lengths.items()
     }
     content = {
         "lists": lists,
-        "folds": {rule: [asdict(fold) for fold in folds] for rule, folds in found.folds.items()},
+        "folds": {
+            rule: [{kind: asdict(c) for kind, c in fold.items()} for fold in folds]
+            for rule, folds in found.folds.items()
+        },
         "agrees_with_the_field": not differences,
         "mismatches": list(differences),
         "notes": list(notes),

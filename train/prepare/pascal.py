@@ -6,6 +6,7 @@ VOC has one (finer, with void borders), else SBD's.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from svf_fast.train.data.reading import require_same_size
 from svf_fast.train.prepare import pascal_masks
 from svf_fast.train.prepare.archives import Source, open_source
 from svf_fast.train.prepare.expected import PASCAL, Expected
-from svf_fast.train.prepare.finish import DataSet, finish
+from svf_fast.train.prepare.finish import DataSet, already_prepared, finish
 from svf_fast.train.prepare.pascal_lists import PascalLists, pascal_lists, read_names
 from svf_fast.train.prepare.pascal_masks import InputFile
 from svf_fast.train.prepare.pictures import needed_bytes, place_pictures
@@ -32,6 +33,7 @@ CLASS_NAMES = (
 )  # fmt: skip
 _VOC_FOLDER = "VOC2012"
 _FOLD_RULE = "pascal"
+_UNUSABLE = "Nothing was written, because VOC 2012 or SBD is not whole"
 _LAYOUT = 1  # goes up whenever the same files would give another folder
 
 
@@ -62,12 +64,9 @@ def prepare_pascal(
             out, {"data set": "pascal", "layout": _LAYOUT, "base labels": base_labels, **inputs.plan()}
         )
         if workspace.is_finished:
-            return f"{out} is already prepared from these files"
+            return already_prepared(workspace.out)
         workspace.require_room(_needed_bytes(inputs, workspace, base_labels))
         labels = _checked_labels(inputs, workers, problems, shown)
-        workspace.begin()
-        place_pictures(inputs.voc, {path: path for path in inputs.pictures.values()}, workspace, shown, "pictures")
-        _place_labels(labels, workspace, shown)
         pairs = {
             part: [(_picture(name), _label(name)) for name in names]
             for part, names in (("train", inputs.lists.train), ("val", inputs.lists.val))
@@ -80,7 +79,11 @@ def prepare_pascal(
             sources={"voc": str(voc), "sbd": str(sbd)},
             notes=inputs.lists.notes,
         )
-        return finish(workspace, data_set, base_labels=base_labels, workers=workers, shown=shown)
+        with workspace.begun():
+            workspace.bind("labels.sha256", _digest(labels))
+            place_pictures(inputs.voc, {path: path for path in inputs.pictures.values()}, workspace, shown, "pictures")
+            _place_labels(labels, workspace, shown)
+            return finish(workspace, data_set, base_labels=base_labels, workers=workers, shown=shown)
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,31 @@ class Inputs:
 def find_inputs(voc_path: str | Path, sbd_path: str | Path, problems: Problems) -> Inputs:
     """The lists, and where every picture and mask is; each that is missing goes to `problems`.
 
-    Raises FileNotFoundError or ValueError when a source or one of its lists cannot be read.
+    Raises ValueError, with all of `problems`, when a source or one of its lists cannot be read.
     """
-    voc = open_source(voc_path).below("ImageSets/Segmentation/train.txt", preferred=_VOC_FOLDER)
-    sbd = open_source(sbd_path).below("cls/*.mat")
+    voc = _open(voc_path, "ImageSets/Segmentation/train.txt", problems)
+    sbd = _open(sbd_path, "cls/*.mat", problems)
+    names = {
+        path: _names_if_there(source, path, problems, is_needed=is_needed)
+        for source, path, is_needed in (
+            (sbd, "train.txt", True),
+            (sbd, "val.txt", True),
+            (voc, "ImageSets/Segmentation/train.txt", True),
+            (voc, "ImageSets/Segmentation/val.txt", True),
+            (voc, "ImageSets/Main/train.txt", False),
+            (sbd, "train_noval.txt", False),
+        )
+        if source is not None
+    }
+    problems.raise_all(_UNUSABLE)
+    assert voc is not None
+    assert sbd is not None
     lists = pascal_lists(
-        sbd=[*_names(sbd, "train.txt"), *_names(sbd, "val.txt")],
-        voc_train=_names(voc, "ImageSets/Segmentation/train.txt"),
-        voc_val=_names(voc, "ImageSets/Segmentation/val.txt"),
-        voc_main_train=_names_if_there(voc, "ImageSets/Main/train.txt"),
-        sbd_train_noval=_names_if_there(sbd, "train_noval.txt"),
+        sbd=[*(names["train.txt"] or ()), *(names["val.txt"] or ())],
+        voc_train=names["ImageSets/Segmentation/train.txt"] or (),
+        voc_val=names["ImageSets/Segmentation/val.txt"] or (),
+        voc_main_train=names["ImageSets/Main/train.txt"],
+        sbd_train_noval=names["train_noval.txt"],
     )
     pictures: dict[str, str] = {}
     masks: dict[str, tuple[Source, str]] = {}
@@ -140,15 +158,25 @@ def find_inputs(voc_path: str | Path, sbd_path: str | Path, problems: Problems) 
     return Inputs(voc, lists, pictures, masks)
 
 
-def _names(source: Source, path: str) -> list[str]:
-    names = _names_if_there(source, path)
-    if names is None:
-        raise ValueError(f"{source.where(path)} is missing")
-    return names
+def _open(path: str | Path, marker: str, problems: Problems) -> Source | None:
+    try:
+        return open_source(path).below(marker, preferred=_VOC_FOLDER)
+    except (FileNotFoundError, ValueError) as error:
+        problems.add(error)
+        return None
 
 
-def _names_if_there(source: Source, path: str) -> list[str] | None:
-    return read_names(source.read(path), source.where(path)) if path in source else None
+def _names_if_there(source: Source, path: str, problems: Problems, *, is_needed: bool) -> list[str] | None:
+    """The names in a list; None for one that is missing or no list, which goes to `problems` unless it is merely not there."""
+    if path not in source:
+        if is_needed:
+            problems.add(f"{source.where(path)} is missing")
+        return None
+    try:
+        return read_names(source.read(path), source.where(path))
+    except ValueError as error:
+        problems.add(error)
+        return None
 
 
 def _picture(name: str) -> str:
@@ -189,8 +217,13 @@ def _checked_labels(inputs: Inputs, workers: int, problems: Problems, shown: Wor
         except ValueError as error:
             problems.add(error)
         labels[name] = mask.label
-    problems.raise_all("Nothing was written, because VOC 2012 or SBD is not whole")
+    problems.raise_all(_UNUSABLE)
     return labels
+
+
+def _digest(labels: Mapping[str, bytes]) -> str:
+    """Of all labels: the plan knows their names and sizes alone."""
+    return digest_of(f"{name} {hashlib.sha256(label).hexdigest()}" for name, label in labels.items()) + "\n"
 
 
 def _needed_bytes(inputs: Inputs, workspace: Workspace, base_labels: bool) -> int:

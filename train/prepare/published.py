@@ -10,9 +10,9 @@ from rich.console import Console
 from svf_fast.train.data.census import Census, census_path, take_census, write_census
 from svf_fast.train.data.fold_index import write_fold_index
 from svf_fast.train.data.folds import FOLD_RULES, fold_of
-from svf_fast.train.data.lists import list_sha256, read_classes
+from svf_fast.train.data.lists import read_classes
 from svf_fast.train.data.published_index import read_published_index, split_of_published
-from svf_fast.train.files import write_atomically
+from svf_fast.train.files import sha256_of, write_atomically
 from svf_fast.train.progress import WorkProgress
 
 
@@ -23,7 +23,7 @@ def convert_published(
     `data_list_<fold>.txt` and `sub_class_file_list_<fold>.txt`, for the prepared folder `root`; returns what was written.
 
     Raises FileNotFoundError or ValueError when the caches and the folder do not fit, naming every picture; FileExistsError
-    when another list lies where the list goes.
+    when another index or another list lies where they go.
     """
     root, out = Path(root).resolve(), Path(out).resolve()  # so that a list inside the root is known as such
     if out.suffix != ".json":
@@ -31,6 +31,8 @@ def convert_published(
     classes = read_classes(root / "classes.txt")
     index = read_published_index(Path(data_list), Path(sub_class_file_list), root)
     list_file = out.with_suffix(".txt")
+    if out.exists() and not list_file.exists():
+        raise FileExistsError(f"{out} is another index; remove it, or give another --out")
     text = "".join(f"{image} {label}\n" for image, label in index.pairs).encode()
     if list_file.exists() and list_file.read_bytes() != text:
         raise FileExistsError(f"{list_file} is another list; remove it, or give another --out")
@@ -41,7 +43,7 @@ def convert_published(
     rule, fold, dropped = _origin(split.class_ids, census)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(list_file, lambda file: file.write(text))
-    write_census(census_path(list_file), census, list_sha256(list_file))
+    write_census(census_path(list_file), census, sha256_of(list_file))
     write_fold_index(out, split, rule=rule, fold=fold, dropped=dropped)
     of = "classes of no known fold" if rule is None else f"fold {fold} of {rule}"
     without = f", without a picture of the classes {list(dropped)}" if dropped else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from svf_fast.train.files import sha256_of
 from svf_fast.train.prepare.expected import Counted, Expected, FoldCounts
 
 _SPLITS = (("train_trick", "training †"), ("train", "training"), ("val", "validation"))
@@ -14,14 +15,14 @@ _TRICK = "† without pictures that show a novel class (data.drop_novel_images)"
 def mismatches(found: Expected, expected: Expected, classes: Mapping[int, str]) -> list[str]:
     """A sentence for every list and every split of a fold whose counts are not the expected ones; what is not expected is not compared."""
     sentences = [
-        f"lists/{part}.txt has {found.list_lengths[part]:,} pictures, the field's list {length:,}"
+        f"lists/{part}.txt has {found.list_lengths[part]:,} pictures, the published list {length:,}"
         for part, length in expected.list_lengths.items()
         if found.list_lengths[part] != length
     ]
     for rule, folds in expected.folds.items():
         for index, (ours, theirs) in enumerate(zip(found.folds[rule], folds, strict=True)):
-            for attribute, name in _SPLITS:
-                difference = _difference(getattr(ours, attribute), getattr(theirs, attribute), classes)
+            for kind, name in _SPLITS:
+                difference = _difference(ours[kind], theirs[kind], classes) if kind in theirs else ""
                 if difference:
                     sentences.append(f"{rule} fold {index}, {name}: {difference}")
     return sentences
@@ -33,7 +34,10 @@ def render(
     """Tables of all rules, the classes by the first one, and what was noted."""
     lines = [
         f"{out}: "
-        + ", ".join(f"{length:,} pictures in lists/{part}.txt" for part, length in found.list_lengths.items())
+        + ", ".join(
+            f"{length:,} pictures in lists/{part}.txt (SHA-256 {sha256_of(out / 'lists' / f'{part}.txt')[:12]}…)"
+            for part, length in found.list_lengths.items()
+        )
     ]
     for rule, folds in found.folds.items():
         lines += [
@@ -46,19 +50,19 @@ def render(
         lines += ["", *_table(header, [_class_row(c, name, folds) for c, name in classes.items()])]
     lines += ["", _TRICK, *notes]
     if differences:
-        lines.append(f"these counts differ from the field's ({len(differences)}):")
+        lines.append(f"these counts differ from the published ones ({len(differences)}):")
         lines += [f"  {sentence}" for sentence in differences]
     else:
-        lines.append("every count that is known of the field's own lists agrees")
+        lines.append("every count that is known of the published lists agrees")
     return "\n".join(lines)
 
 
 def _difference(ours: Counted, theirs: Counted, classes: Mapping[int, str]) -> str:
     parts = []
     if ours.pictures != theirs.pictures:
-        parts.append(f"pictures {ours.pictures:,} (the field: {theirs.pictures:,})")
+        parts.append(f"pictures {ours.pictures:,} (published: {theirs.pictures:,})")
     parts += [
-        f"{classes[c]} {ours.of_class.get(c, 0):,} (the field: {count:,})"
+        f"{classes[c]} {ours.of_class.get(c, 0):,} (published: {count:,})"
         for c, count in theirs.of_class.items()
         if ours.of_class.get(c, 0) != count
     ]
@@ -66,13 +70,16 @@ def _difference(ours: Counted, theirs: Counted, classes: Mapping[int, str]) -> s
 
 
 def _fold_row(index: int, fold: FoldCounts) -> list[str]:
-    return [str(index), *(f"{getattr(fold, attribute).pictures:,}" for attribute, _ in _SPLITS)]
+    return [str(index), *(f"{fold[kind].pictures:,}" for kind, _ in _SPLITS)]
 
 
 def _class_row(class_id: int, name: str, folds: Sequence[FoldCounts]) -> list[str]:
-    trick = [f"{f.train_trick.of_class[class_id]:,}" if class_id in f.train_trick.of_class else "novel" for f in folds]
-    train = next((f.train.of_class[class_id] for f in folds if class_id in f.train.of_class), 0)
-    val = next((f.val.of_class[class_id] for f in folds if class_id in f.val.of_class), 0)
+    tricks = [fold["train_trick"].of_class.get(class_id) for fold in folds]
+    trick = ["novel" if count is None else f"{count:,}" for count in tricks]
+    train, val = (
+        next((f[kind].of_class[class_id] for f in folds if class_id in f[kind].of_class), 0)
+        for kind in ("train", "val")
+    )
     return [name, *trick, f"{train:,}", f"{val:,}"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,16 +25,17 @@ class Workspace:
     """
 
     def __init__(self, out: str | Path, plan: Mapping[str, object]) -> None:
-        self.out = Path(out)
+        self.out = Path(out).absolute()
         self.part = self.out.with_name(self.out.name + ".part")
         self._plan = json.dumps(dict(plan), sort_keys=True, indent=1)
-        for folder in (self.out, self.part):
-            self._refuse_other(folder)
+        self._refuse_other(self.out)
+        if not self.is_finished:
+            self._refuse_other(self.part)
 
     @property
     def is_finished(self) -> bool:
         """`out` is there already, whole and of this plan."""
-        return self.out.is_dir()
+        return (self.out / _PLAN_FILE).is_file()
 
     @property
     def is_begun(self) -> bool:
@@ -43,8 +45,8 @@ class Workspace:
     def require_room(self, needed_bytes: int) -> None:
         """OSError unless the folder can be made and its disk has `needed_bytes` free; what the part folder holds counts as there."""
         parent = self._existing_parent()
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise PermissionError(f"{self.out} cannot be made: {parent} is not writable")
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"{self.out} cannot be made: {parent} is no folder that can be written to")
         # a hard link takes no room, and was not counted as needed
         found = [path.lstat() for path in self.part.rglob("*")] if self.is_begun else []
         held = sum(size_on_disk(status.st_size) for status in found if status.st_nlink == 1)
@@ -55,16 +57,26 @@ class Workspace:
             )
 
     def can_link(self, original: Path) -> bool:
-        """Whether a file is on the disk of the folder to be, so that a link of it takes no room."""
-        return original.stat().st_dev == self._existing_parent().stat().st_dev
+        """Whether a link of a file can be made in the folder to be, and so takes no room: it lies on the same disk, and is the user's or
+        one that he may write (Linux allows no others by default)."""
+        status = original.stat()
+        may_link = os.name != "posix" or status.st_uid == os.geteuid() or os.access(original, os.R_OK | os.W_OK)
+        return may_link and status.st_dev == self._existing_parent().stat().st_dev
 
-    def begin(self) -> None:
-        """Make the part folder, or take it up again."""
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Inside, the part folder is there, made or taken up again, and this process's own. BlockingIOError when another call is at work
+        in it."""
+        if self.is_finished:
+            raise FileExistsError(f"{self.out} was made by another call in the meantime")
         try:
             self.part.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"{self.part} cannot be made ({error.strerror})") from None
-        self.place(_PLAN_FILE, self._plan.encode())
+        with _locked(self.part):
+            # a power cut must not leave a folder that no call takes for its own
+            write_atomically(self.part / _PLAN_FILE, lambda file: file.write(self._plan.encode()))
+            yield
 
     def has(self, relative: str) -> bool:
         """The file is there from this run or an earlier one, and is not empty (as a power cut can leave one)."""
@@ -77,6 +89,15 @@ class Workspace:
         """Write a file of the part folder, whole or not at all; its folders are made."""
         with self.writing(relative) as path:
             write_atomically(path, lambda file: file.write(content), flush=False)
+
+    def bind(self, relative: str, content: str) -> None:
+        """Place a file that says what the others were made from. FileExistsError when an earlier call made them from something else."""
+        path = self.part / relative
+        if path.is_file() and path.read_text(encoding="utf-8") != content:
+            raise FileExistsError(
+                f"{self.part} was begun with other contents of files of the same names and sizes ({relative} says so); remove it"
+            )
+        self.place(relative, content.encode())
 
     def link(self, relative: str, original: Path) -> None:
         """Give a file of the part folder the content of `original`: a hard link where the disk allows one, else a copy."""
@@ -95,6 +116,8 @@ class Workspace:
         """The path of a file to be, its folders made; an OSError while it is written comes out as a sentence for the user."""
         path = self.part / relative
         try:
+            if not self.part.is_dir():
+                raise FileNotFoundError(errno.ENOENT, f"{self.part} was taken away")
             path.parent.mkdir(parents=True, exist_ok=True)
             yield path
         except OSError as error:
@@ -107,12 +130,12 @@ class Workspace:
         if not (folder.exists() or folder.is_symlink()):
             return
         if not folder.is_dir():
-            raise FileExistsError(f"{folder} is a file; a folder is made there")
+            raise FileExistsError(f"{folder} is there and no folder; a folder is made there")
         try:
             found = (folder / _PLAN_FILE).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            if folder == self.part and not any(folder.iterdir()):
-                return  # stopped before its first file
+            if {path.name for path in folder.iterdir()} <= {f".{_PLAN_FILE}.part"}:
+                return  # empty, or stopped before its first file
             raise FileExistsError(
                 f"{folder} is there and no preparation of this command; remove it or choose another folder"
             ) from None
@@ -133,13 +156,34 @@ def digest_of(lines: Iterable[str]) -> str:
     """SHA-256 of lines, for a plan."""
     digest = hashlib.sha256()
     for line in lines:
-        digest.update(line.encode() + b"\n")
+        digest.update(line.encode(errors="surrogateescape") + b"\n")
     return digest.hexdigest()
 
 
 def size_on_disk(file_bytes: int) -> int:
     """What a file of so many bytes takes, in whole blocks."""
     return -(-file_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process is: a lock of the system, which ends with the process. Only POSIX has it for folders."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another call is at work in {folder}; wait for it") from None
+        except OSError:
+            pass  # a disk without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _link_or_copy(original: Path, path: Path) -> None:
@@ -151,9 +195,9 @@ def _link_or_copy(original: Path, path: Path) -> None:
         except OSError:  # another disk, or one without hard links; a real trouble comes again when copying
             shutil.copyfile(original, part)
         part.replace(path)
-    except BaseException:
+    finally:
+        # there still where both were links of one file already: then a rename does nothing
         part.unlink(missing_ok=True)
-        raise
 
 
 def _differences(found: str, wanted: str) -> str:
