@@ -155,8 +155,9 @@ def test_what_cannot_be_used_gets_a_sentence(case: str) -> None:
         (json.dumps(small_file())[:500], "of 500 ("),
         ("[1]", "FILE holds a value of type list; expected an object with images, annotations and categories"),
         ("[" * 200_000, "FILE is nested too deeply"),
+        (f"[{'9' * 5000}]", "FILE holds a number of more digits than can be read"),
     ],
-    ids=["empty", "cut short", "list", "nested"],
+    ids=["empty", "cut short", "list", "nested", "digits"],
 )
 def test_another_file_gets_one_sentence(text: str, sentence: str) -> None:
     (found,) = sentences_of(text)

@@ -196,6 +196,10 @@ def test_published_caches_become_an_index_of_the_same_split(
     command = ["prepare", "index", *map(str, caches), "--root", str(root), "--out", str(root / "lists/theirs.json")]
     assert main(command) == 0
     assert capsys.readouterr().out == told + "\n"
+    (tmp_path / "others").mkdir()
+    others = write_caches(tmp_path / "others", {"tiny": (1,), "a": (1,), "ab": (1,)}, 1)
+    with pytest.raises(FileExistsError, match=r"theirs\.json is another index; remove it, or give another --out"):
+        convert_published(*others, root=root, out=root / "lists/theirs.json", console=QUIET)
     with pytest.raises(FileExistsError, match=r"lists/train\.txt is another list; remove it, or give another --out"):
         convert_published(*caches, root=root, out=root / "lists/train.json", console=QUIET)
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import pickle
 import random
 import shutil
@@ -29,7 +30,7 @@ from svf_fast.train.prepare.coco import pair_of, prepare_coco
 from svf_fast.train.prepare.coco_annotations import Picture, read_instances
 from svf_fast.train.prepare.coco_categories import COCO_CATEGORIES
 from svf_fast.train.prepare.coco_labels import Region
-from svf_fast.train.prepare.expected import Expected
+from svf_fast.train.prepare.expected import COCO, Expected
 from svf_fast.train.prepare.problems import Problems
 from svf_fast.train.prepare.work import run_jobs
 from svf_fast.train.prepare.workspace import Workspace
@@ -201,6 +202,12 @@ def test_the_summary_counts_and_compares(prepared: Path) -> None:
     assert [fold["val"]["pictures"] for fold in summary["folds"]["coco"]] == [1, 2, 3, 1]
 
 
+def test_the_known_counts_of_validation_are_compared(prepared: Path, tmp_path: Path) -> None:
+    report = prepare_coco(prepared / "coco", tmp_path / "out", workers=0, console=Console(quiet=True))
+    assert "these counts differ from the published ones (6):" in report
+    assert "coco fold 1, validation: pictures 2 (published: 15,305)" in report
+
+
 def test_the_original_zips_give_the_same_folder(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,8 +300,9 @@ def test_everything_that_cannot_be_used_is_named_before_anything_is_written(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["coco"]
 
 
-def test_a_picture_without_annotations_may_be_missing(tmp_path: Path) -> None:
+def test_a_picture_without_annotations_may_be_missing_or_have_any_name(tmp_path: Path) -> None:
     coco = write_tricky(tmp_path / "coco")
+    Path(os.fsdecode(os.fsencode(coco / "val2014") + b"/\xff.jpg")).write_bytes(b"no UTF-8 in its name")
     (coco / PICTURES[30]).unlink()
     assert "out" in prepare(coco, tmp_path / "out")
 
@@ -365,6 +373,7 @@ def test_the_membership_rule_gives_back_the_fields_validation_lists() -> None:
     census = Census(tuple(map(row, instances.pictures)))
     assert len(census.rows) == 40_137
     for fold, names in enumerate(lists):
+        assert len(names) == COCO.folds["coco"][fold]["val"].pictures
         split = split_of(census, novel[fold], root=Path(), list_file=Path("val.txt"), classes=CLASSES)
         assert [entry.image for entry in split.entries] == names
 

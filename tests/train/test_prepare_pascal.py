@@ -44,7 +44,7 @@ from svf_fast.train.prepare.pascal_lists import pascal_lists
 from svf_fast.train.prepare.problems import Problems
 from svf_fast.train.prepare.workspace import Workspace
 
-LISTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "lists"
+LISTS = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "lists"
 needs_lists = pytest.mark.skipif(not LISTS.is_dir(), reason="the field's own lists are not on this machine")
 
 
@@ -215,7 +215,9 @@ def test_the_expected_counts_are_those_of_the_specification() -> None:
     assert {f["train"].of_class[20] for f in folds[:3]} == {287}
 
 
-def test_the_command(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = ["prepare", "pascal", "--voc", str(sources[0]), "--sbd", str(sources[1]), "--out", str(tmp_path / "out")]
     assert main([*command, "--workers", "0"]) == 0
     assert "pascal: fold  training †  training  validation" in capsys.readouterr().out
@@ -225,6 +227,13 @@ def test_the_command(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.
     assert "'-1' is not a whole number from 0" in capsys.readouterr().err
     assert main([*command, "data.fold=1"]) == 2
     assert "takes no key=value arguments" in capsys.readouterr().err
+
+    def fill_the_memory(*_: object, **__: object) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr("svf_fast.train.prepare.pascal.prepare_pascal", fill_the_memory)
+    assert main(command) == 1
+    assert "out of memory; fewer --workers need less" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop_after", [3, 30, 60])
@@ -296,7 +305,8 @@ def test_a_finished_folder_that_was_changed_is_told_from_a_whole_one(
     (out / f"JPEGImages/{SMALL_VAL[0]}.jpg").unlink()
     with (out / f"SegmentationClassAug/{SMALL_VAL[1]}.png").open("ab") as file:
         file.write(b"more")
-    with pytest.raises(ValueError, match="has been changed since; remove it to have it made again: 2 problems"):
+    (out / "lists/train.census.json").unlink()
+    with pytest.raises(ValueError, match="has been changed since; remove it to have it made again: 3 problems"):
         prepare(sources, out, base_labels=True)
 
 

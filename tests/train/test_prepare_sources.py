@@ -129,6 +129,17 @@ def test_every_damaged_member_of_a_zip_is_named(tmp_path: Path) -> None:
     assert "second" not in str(caught.value)
 
 
+@pytest.mark.parametrize("packing", ["tgz", "zip"])
+def test_a_member_that_would_fill_the_memory_is_refused(
+    packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svf_fast.train.prepare.archives._LARGEST_MEMBER_BYTES", 2000)
+    source = open_source(PACKINGS[packing](FILES, tmp_path))
+    assert source.read("a/block") == bytes(512)
+    with pytest.raises(ValueError, match=rf"files\.{packing} .*a/b/long would have 2,304 bytes, more than 2,000"):
+        source.read("a/b/long")
+
+
 def test_a_workspace_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     original = tmp_path / "original"
     original.write_bytes(b"picture")
@@ -161,6 +172,28 @@ def test_no_second_call_works_in_the_same_part_folder(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"out\.part was taken away"):
         second.place("file", b"2")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_call_that_comes_when_another_has_just_finished_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (Workspace(tmp_path / "out", {}) for _ in range(2))
+
+    def make_folder_late(path: Path, *_: object, **__: object) -> None:
+        monkeypatch.undo()
+        with first.begun():
+            first.finish()
+        path.mkdir()
+
+    monkeypatch.setattr(Path, "mkdir", make_folder_late)
+    with pytest.raises(FileExistsError, match="out was made by another call"), second.begun():
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_top_of_the_disk_is_no_place_for_a_folder() -> None:
+    with pytest.raises(FileExistsError, match="/ is there and no preparation of this command"):
+        Workspace("/", {})
 
 
 def test_a_part_folder_that_was_stopped_before_its_plan_is_taken_up(tmp_path: Path) -> None:

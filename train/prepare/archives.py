@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
 _KEPT_TEXT_BYTES = 2**20
 _BLOCK_BYTES = 2**20
+_LARGEST_MEMBER_BYTES = 2**30  # once it is unpacked; the largest of COCO, an instance file, has a third
 
 
 class Source(ABC):
@@ -275,6 +276,7 @@ class _Zip(Source):
             damaged: list[str] = []
             for name in sorted(names, key=lambda name: self._members[name].header_offset):
                 try:
+                    _require_bearable(name, self.size(name))
                     content = archive.read(self._members[name])
                 except _DAMAGE as error:
                     damaged.append(f"{name}: {error}")
@@ -348,6 +350,7 @@ def _note(member: tarfile.TarInfo, places: dict[str, _Place]) -> None:
 
 
 def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    _require_bearable(member.name, member.size)
     file = archive.extractfile(member)
     if file is None:
         raise tarfile.ReadError(f"{member.name} is no regular file")
@@ -355,6 +358,12 @@ def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if len(content) != member.size:
         raise tarfile.ReadError(f"{member.name} ends early")
     return content
+
+
+def _require_bearable(name: str, member_bytes: int) -> None:
+    """A few compressed bytes can stand for more than fits into the memory."""
+    if member_bytes > _LARGEST_MEMBER_BYTES:
+        raise RuntimeError(f"{name} would have {member_bytes:,} bytes, more than {_LARGEST_MEMBER_BYTES:,}")
 
 
 def _damaged(path: Path, found: object) -> ValueError:

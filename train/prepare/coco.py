@@ -35,6 +35,7 @@ from svf_fast.train.progress import WorkProgress
 _RULES = ("coco", "coco_contiguous")
 _LAYOUT = 1  # goes up whenever the same files would give another folder
 _PICTURES_A_JOB = 64
+_BYTES_IN_A_JOB = 8  # pictures out of an archive travel with their bytes
 _LABEL_BYTES = 8192  # of a label on the disk, about: 640x480 pixels, seven objects
 
 _Item = TypeVar("_Item")
@@ -232,12 +233,14 @@ def _check_pictures(
         except ValueError as error:  # a damaged archive, from there on
             problems.add(error)
 
+    is_folder = all(part.pictures.local(path) is not None for path in islice(picture_at, 1))
+    size = _PICTURES_A_JOB if is_folder else _BYTES_IN_A_JOB
     sentences = run_jobs(
         _problems_of,
-        _chunks(given()),
+        _chunks(given(), size),
         workers=workers,
         problems=problems,
-        progress=_chunk_counter(shown, f"checking {part.folder}", len(picture_at)),
+        progress=_chunk_counter(shown, f"checking {part.folder}", len(picture_at), size),
     )
     for some in sentences:
         problems.extend(some or ())
@@ -285,10 +288,10 @@ def _place(
     problems = Problems()
     run_jobs(
         partial(_place_some_labels, workspace),
-        _chunks(missing),
+        _chunks(missing, _PICTURES_A_JOB),
         workers=workers,
         problems=problems,
-        progress=_chunk_counter(shown, f"labels of {part.folder}", len(missing)),
+        progress=_chunk_counter(shown, f"labels of {part.folder}", len(missing), _PICTURES_A_JOB),
     )
     problems.raise_all("Labels could not be drawn")
     return pairs
@@ -299,13 +302,13 @@ def _place_some_labels(workspace: Workspace, job: Sequence[tuple[str, Picture]])
         workspace.place(path, palette_png(draw_label(picture.height, picture.width, picture.regions)))
 
 
-def _chunks(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+def _chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
     left = iter(items)
-    while chunk := list(islice(left, _PICTURES_A_JOB)):
+    while chunk := list(islice(left, size)):
         yield chunk
 
 
-def _chunk_counter(shown: WorkProgress, name: str, pictures: int) -> Callable[[int], None]:
+def _chunk_counter(shown: WorkProgress, name: str, pictures: int, size: int) -> Callable[[int], None]:
     """Of jobs done, where a picture is what a user counts."""
     count = shown.counter(name, pictures)
-    return lambda jobs: count(min(jobs * _PICTURES_A_JOB, pictures))
+    return lambda jobs: count(min(jobs * size, pictures))

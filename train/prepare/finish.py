@@ -3,7 +3,6 @@ labels, the summary and its comparison with the field's counts. Knows no data se
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +37,7 @@ from svf_fast.train.prepare.workspace import Workspace
 from svf_fast.train.progress import WorkProgress
 
 _PACKAGES = ("svf-fast", "numpy", "pillow", "opencv-python-headless", "scipy", "pycocotools")
+_LISTS = ("train", "val")
 _LABELS_A_JOB = 16
 _PICTURES_A_JOB = 128
 
@@ -85,11 +85,14 @@ def already_prepared(out: Path) -> str:
     """What to say of a folder that is there, whole, from sources of the same names and sizes. ValueError names every picture and label
     that is no longer as it was written."""
     problems = Problems()
-    for list_file in sorted((out / "lists").glob("*.txt")):
+    for part in _LISTS:
+        list_file = out / "lists" / f"{part}.txt"
         path = census_path(list_file)
-        if not path.is_file():  # a list of the user's own
+        try:
+            census = read_census(path, read_pairs(list_file), sha256_of(list_file))
+        except (FileNotFoundError, ValueError) as error:
+            problems.add(error)
             continue
-        census = read_census(path, read_pairs(list_file), sha256_of(list_file))
         if census is None:
             problems.add(f"{list_file} is not the list that {path.name} was made for")
         else:
@@ -105,7 +108,6 @@ def _census(workspace: Workspace, data_set: DataSet, part: str, workers: int, sh
     name = f"lists/{part}.txt"
     workspace.place(name, text)
     path = census_path(workspace.part / name)
-    digest = hashlib.sha256(text).hexdigest()
     jobs = [pairs[start : start + _PICTURES_A_JOB] for start in range(0, len(pairs), _PICTURES_A_JOB)]
     count = shown.counter(f"census of {part}", len(pairs))
     problems = Problems()
@@ -119,7 +121,7 @@ def _census(workspace: Workspace, data_set: DataSet, part: str, workers: int, sh
     problems.raise_all(f"{name} cannot be used; remove {workspace.part} to have its files made again")
     census = Census(tuple(row for some in rows for row in some or ()))
     with workspace.writing(path.relative_to(workspace.part).as_posix()):
-        write_census(path, census, digest)
+        write_census(path, census, sha256_of(workspace.part / name))
     return census
 
 

@@ -3,14 +3,17 @@ labels stay as they are."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from svf_fast.train.data.census import Census, census_path, take_census, write_census
 from svf_fast.train.data.folds import read_folds
 from svf_fast.train.data.lists import read_classes, read_pairs
-from svf_fast.train.data.split import MINIMUM_CLASS_PIXELS
+from svf_fast.train.data.split import MINIMUM_CLASS_PIXELS, EmptySplitError, split_of
 from svf_fast.train.files import sha256_of
 from svf_fast.train.prepare.problems import Problems
 from svf_fast.train.progress import WorkProgress
@@ -56,7 +59,15 @@ def prepare_folder(root: str | Path, *, workers: int, console: Console) -> str:
     for path, census in censuses.items():
         write_census(census_path(path), census, sha256_of(path))
     lines = [f"{path.relative_to(root)}: {len(census.rows):,} pictures" for path, census in censuses.items()]
-    lines += [f"{_OWN_FOLDS}, fold {index}: novel {list(fold.novel)}" for index, fold in enumerate(folds)]
+    for index, fold in enumerate(folds):
+        lines.append(f"{_OWN_FOLDS}, fold {index}: novel {list(fold.novel)}")
+        for path, census in censuses.items():
+            of_list = partial(_pictures, census, root=root, list_file=path, classes=classes)
+            lines.append(
+                f"  {path.relative_to(root)}: {of_list(fold.base):,} pictures to train on "
+                f"({of_list(fold.base, drop_images_with=fold.novel):,} of them without a novel class), "
+                f"{of_list(fold.novel):,} to validate on"
+            )
     lines.append(f"pictures in which a class counts ({MINIMUM_CLASS_PIXELS:,} pixels or more), list by list:")
     for class_id, name in classes.items():
         counts = [
@@ -65,3 +76,11 @@ def prepare_folder(root: str | Path, *, workers: int, console: Console) -> str:
         ]
         lines.append(f"  {class_id} {name}: {', '.join(f'{count:,}' for count in counts)}")
     return "\n".join(lines)
+
+
+def _pictures(census: Census, class_ids: Iterable[int], **of_list: Any) -> int:
+    """As many as `split_of` takes of a list."""
+    try:
+        return len(split_of(census, class_ids, **of_list))
+    except EmptySplitError:
+        return 0

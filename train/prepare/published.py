@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from svf_fast.train.data.census import Census, census_path, take_census, write_census
-from svf_fast.train.data.fold_index import write_fold_index
+from svf_fast.train.data.fold_index import read_fold_index, write_fold_index
 from svf_fast.train.data.folds import FOLD_RULES, fold_of
 from svf_fast.train.data.lists import read_classes
 from svf_fast.train.data.published_index import read_published_index, split_of_published
@@ -31,8 +31,6 @@ def convert_published(
     classes = read_classes(root / "classes.txt")
     index = read_published_index(Path(data_list), Path(sub_class_file_list), root)
     list_file = out.with_suffix(".txt")
-    if out.exists() and not list_file.exists():
-        raise FileExistsError(f"{out} is another index; remove it, or give another --out")
     text = "".join(f"{image} {label}\n" for image, label in index.pairs).encode()
     if list_file.exists() and list_file.read_bytes() != text:
         raise FileExistsError(f"{list_file} is another list; remove it, or give another --out")
@@ -40,6 +38,8 @@ def convert_published(
         count = shown.counter("reading labels", len(index.pairs))
         census = take_census(root, index.pairs, classes, named=str(data_list), on_progress=lambda done, _: count(done))
     split = split_of_published(index, census, root=root, list_file=list_file, classes=classes)
+    if out.exists() and read_fold_index(out, root, classes) != split:
+        raise FileExistsError(f"{out} is another index; remove it, or give another --out")
     rule, fold, dropped = _origin(split.class_ids, census)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(list_file, lambda file: file.write(text))

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from svf_fast.train.files import flush_folder, write_atomically
@@ -26,7 +26,7 @@ class Workspace:
 
     def __init__(self, out: str | Path, plan: Mapping[str, object]) -> None:
         self.out = Path(out).absolute()
-        self.part = self.out.with_name(self.out.name + ".part")
+        self.part = self.out.parent / f"{self.out.name}.part"
         self._plan = json.dumps(dict(plan), sort_keys=True, indent=1)
         self._refuse_other(self.out)
         if not self.is_finished:
@@ -67,15 +67,19 @@ class Workspace:
     def begun(self) -> Iterator[None]:
         """Inside, the part folder is there, made or taken up again, and this process's own. BlockingIOError when another call is at work
         in it."""
-        if self.is_finished:
-            raise FileExistsError(f"{self.out} was made by another call in the meantime")
         try:
             self.part.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"{self.part} cannot be made ({error.strerror})") from None
         with _locked(self.part):
+            # looked at only now: until the lock was free, another call could finish
+            if self.is_finished:
+                with suppress(OSError):  # not there, or not empty and so not made above
+                    self.part.rmdir()
+                raise FileExistsError(f"{self.out} was made by another call in the meantime")
             # a power cut must not leave a folder that no call takes for its own
-            write_atomically(self.part / _PLAN_FILE, lambda file: file.write(self._plan.encode()))
+            with self.writing(_PLAN_FILE) as path:
+                write_atomically(path, lambda file: file.write(self._plan.encode()))
             yield
 
     def has(self, relative: str) -> bool:
