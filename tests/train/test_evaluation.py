@@ -88,7 +88,7 @@ def test_counts_are_those_of_a_loop_over_pixels(shape: tuple[int, int]) -> None:
 
 
 def test_a_void_label_counts_nothing() -> None:
-    assert count(torch.ones(5, 5), torch.full((5, 5), 255, dtype=torch.uint8)) == Counts()
+    assert count(torch.ones(5, 5, dtype=torch.uint8), torch.full((5, 5), 255, dtype=torch.uint8)) == Counts()
 
 
 @pytest.mark.parametrize("is_tall", [True, False])
@@ -198,8 +198,9 @@ def test_merged_metrics_are_those_of_all_episodes() -> None:
             torch.zeros(9, 9),
             r"prediction has the shape \[9, 8\]; expected that of the label, \[9, 9\]",
         ),
-        (torch.full((9, 9), 2), torch.zeros(9, 9), "prediction holds values from 2 to 2"),
-        (torch.zeros(9, 9), torch.full((9, 9), 7), "label holds values from 7 to 7"),
+        (torch.full((9, 9), 0.7), torch.zeros(9, 9, dtype=torch.uint8), "prediction is torch.float32; expected whole"),
+        (torch.full((9, 9), 2), torch.zeros(9, 9, dtype=torch.uint8), "prediction holds values from 2 to 2"),
+        (torch.zeros(9, 9, dtype=torch.uint8), torch.full((9, 9), 7), "label holds values from 7 to 7"),
     ],
 )
 def test_wrong_shapes_and_values_are_refused(logits: torch.Tensor, label: torch.Tensor, message: str) -> None:
