@@ -237,6 +237,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "{data}/classes.txt"], "is no readable checkpoint"),
         (["eval", "{cut}"], "is no readable checkpoint (cut short"),
         (["eval", "{run}/last.pt", "--seed", "x"], "'x' is not a whole number from 0"),
+        (["eval", "{run}/last.pt", "--seed", "1", "2", "1"], "the seeds are 1, 2, 1; expected each once"),
         (
             ["eval", "{run}/last.pt", "--seed", "1", "--five-seeds"],
             "argument --five-seeds: not allowed with argument --seed",
