@@ -1,11 +1,13 @@
 """From a configuration to the things it names: splits, episode samplers, a method with its tuning strategy applied.
 The one place that knows both the configuration's keys and the constructors behind them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from svf_fast.train.backbones import Backbone, build_backbone, load_backbone_weights
 from svf_fast.train.base_learner import base_learner_state
@@ -20,6 +22,7 @@ from svf_fast.train.data.voc import VOCFolder
 from svf_fast.train.method_config import METHOD_OPTIONS
 from svf_fast.train.methods import BAM, MetaLearner, PSPNet, build_method
 from svf_fast.train.methods.pspnet import load_base_learner
+from svf_fast.train.progress import WorkProgress
 from svf_fast.train.tuning import ParameterGroup, Strategy, build_strategy
 
 
@@ -103,12 +106,13 @@ def fold_in(data: PicturesConfig) -> Fold:
     return folds[data.fold]
 
 
-def training_sampler(config: Config) -> EpisodeSampler:
-    """Episodes of the fold's base classes with augmentation. ConfigError when they do not fill one batch."""
+def training_sampler(config: Config, *, console: Console) -> EpisodeSampler:
+    """Episodes of the fold's base classes with augmentation, after a check of their files, which ``console`` shows.
+    ConfigError when they do not fill one batch."""
     data = config.data
     fold = fold_in(data)
     dropped = fold.novel if data.drop_novel_images else ()
-    split = _folder(data).split(_list_file(data.train_list, data), fold.base, drop_images_with=dropped)
+    split = _checked(VOCFolder.split, data, data.train_list, fold.base, console, dropped=dropped)
     _require_one_batch(split, data)
     augmentation = Augmentation(scale_range=data.scale_range)
     base_classes = _base_classes(config)
@@ -123,21 +127,22 @@ def training_sampler(config: Config) -> EpisodeSampler:
     )
 
 
-def validation_sampler(config: Config, *, seed: int) -> EpisodeSampler:
-    """Episodes of the fold's novel classes under the test transform."""
+def validation_sampler(config: Config, *, seed: int, console: Console) -> EpisodeSampler:
+    """Episodes of the fold's novel classes under the test transform; ``console`` as in :func:`training_sampler`."""
     data = config.data
-    split = _folder(data).split(_list_file(data.val_list, data), fold_in(data).novel)
+    split = _checked(VOCFolder.split, data, data.val_list, fold_in(data).novel, console)
     shots = config.validation.shots or data.shots
     return EpisodeSampler(
         split, shots, data.size, seed, base_classes=_base_classes(config), cache_bytes=data.cache_bytes
     )
 
 
-def generalised_sampler(config: Config, *, seed: int) -> GeneralisedSampler:
-    """Episodes of generalised few-shot segmentation over every picture of the validation list."""
+def generalised_sampler(config: Config, *, seed: int, console: Console) -> GeneralisedSampler:
+    """Episodes of generalised few-shot segmentation over every picture of the validation list; ``console`` as in
+    :func:`training_sampler`."""
     data = config.data
     fold = fold_in(data)
-    split = _folder(data).whole(_list_file(data.val_list, data), fold.novel)
+    split = _checked(VOCFolder.whole, data, data.val_list, fold.novel, console)
     return GeneralisedSampler(split, fold.base, data.shots, data.size, seed, cache_bytes=data.cache_bytes)
 
 
@@ -159,20 +164,21 @@ def build_base_learner(config: BaseConfig, *, pretrained: bool) -> tuple[PSPNet,
     ]
 
 
-def base_training_pictures(config: BaseConfig) -> BasePictures:
-    """The pictures of the training list with augmentation. ConfigError when they do not fill one batch."""
+def base_training_pictures(config: BaseConfig, *, console: Console) -> BasePictures:
+    """The pictures of the training list with augmentation; ``console`` as in :func:`training_sampler`. ConfigError when
+    they do not fill one batch."""
     data, fold = config.data, fold_in(config.data)
     dropped = fold.novel if data.base_filter else ()
-    split = _folder(data).whole(_list_file(data.train_list, data), fold.base, drop_images_with=dropped)
+    split = _checked(VOCFolder.whole, data, data.train_list, fold.base, console, dropped=dropped)
     _require_one_batch(split, data)
     augmentation = Augmentation(scale_range=data.scale_range, crop_keep=data.crop_keep)
     return BasePictures(split, fold.base, data.size, config.run.seed, augmentation, cache_bytes=data.cache_bytes)
 
 
-def base_validation_pictures(config: BaseConfig) -> BasePictures:
-    """Every picture of the validation list under the test transform."""
+def base_validation_pictures(config: BaseConfig, *, console: Console) -> BasePictures:
+    """Every picture of the validation list under the test transform; ``console`` as in :func:`training_sampler`."""
     data, fold = config.data, fold_in(config.data)
-    split = _folder(data).whole(_list_file(data.val_list, data), fold.base)
+    split = _checked(VOCFolder.whole, data, data.val_list, fold.base, console)
     return BasePictures(split, fold.base, data.size, config.run.seed, cache_bytes=data.cache_bytes)
 
 
@@ -211,8 +217,20 @@ def _folder(data: PicturesConfig) -> VOCFolder:
     return folder
 
 
-def _list_file(name: str, data: PicturesConfig) -> str:
-    return name.replace("{fold}", str(data.fold))
+def _checked(
+    select: Callable[..., Split],
+    data: PicturesConfig,
+    name: str,
+    class_ids: Sequence[int],
+    console: Console,
+    *,
+    dropped: Sequence[int] = (),
+) -> Split:
+    """What ``select``, a method of the folder, takes of the list ``name``, shown while its files are looked at."""
+    folder, list_file = _folder(data), name.replace("{fold}", str(data.fold))
+    with WorkProgress(console) as progress:
+        watch = progress.watch(f"checking {list_file}")
+        return select(folder, list_file, class_ids, drop_images_with=dropped, on_progress=watch)
 
 
 def _require_one_batch(split: Split, data: PicturesConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 
 import svf_fast
 from svf_fast.memory import kept_bytes
@@ -29,6 +30,7 @@ from svf_fast.train.methods import MetaLearner
 from svf_fast.train.methods.baseline import Baseline
 from svf_fast.train.tuning import TUNED_STAGES, trainable_counts
 
+_QUIET = Console(quiet=True)  # the runs have shown the check of these files
 _TOP = 30  # singular values that the paper's Figure 6 shows
 
 
@@ -47,7 +49,7 @@ def measure_run(config: Config, folder: Path) -> StrategyResult:
         backbone_parameters=counts["backbone"],
         head_rate=rates["head"],
         backbone_rate=backbone_rate,
-        kept_bytes=_kept_bytes(model.method, training_sampler(config)),
+        kept_bytes=_kept_bytes(model.method, training_sampler(config, console=_QUIET)),
         step_ms=statistics.median(line["step_ms"] for line in steps),
         training_s=sum(line["step_ms"] for line in steps) / 1000.0,
         validation_s=sum(line["seconds"] for line in validations),
@@ -63,7 +65,7 @@ def algorithm1_kept_bytes(config: Config) -> int:
     for stage in method.stages:
         method.get_submodule(stage).requires_grad_(False)
     convert_naive(method, TUNED_STAGES)
-    return _kept_bytes(method, training_sampler(config))
+    return _kept_bytes(method, training_sampler(config, console=_QUIET))
 
 
 def _kept_bytes(method: MetaLearner, sampler: EpisodeSampler) -> int:
@@ -117,7 +119,7 @@ def _spectra(method: MetaLearner) -> dict[str, tuple[NDArray[np.float64], NDArra
 
 def example_rows(config: Config, methods: dict[str, MetaLearner], rows: int) -> list[PredictionRow]:
     """The first validation episode of each novel class, up to `rows` of them, with every method's prediction."""
-    sampler = validation_sampler(config, seed=config.validation.seed)
+    sampler = validation_sampler(config, seed=config.validation.seed, console=_QUIET)
     first_of_class: dict[int, Episode] = {}
     rule = config.validation
     for key in sampler.validation_indices(rule.episodes, rule.seed, rule.order):
@@ -138,7 +140,7 @@ def _example(sampler: EpisodeSampler, episode: Episode, methods: dict[str, MetaL
         logits = method(batch.query_images, batch.support_images, batch.support_labels)[0]
         prediction = prediction_at_original_size(logits, episode.original_label)
         predictions[name] = prediction.numpy()
-        ious[name] = count(prediction, episode.original_label).iou(1)
+        ious[name] = float(count(prediction, episode.original_label).iou[1])
     return PredictionRow(
         class_name=sampler.split.class_names[episode.class_id],
         support=support,

@@ -6,36 +6,15 @@ Works on logits or predictions of any method; knows nothing of how they were mad
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from svf_fast.train.label_metrics import EPSILON, confusion
+from svf_fast.train.label_metrics import LabelCounts, count_labels
 
 _LABELS = 2  # background and the episode's class
 _LONG = 2  # a longer side of more than so many shorter ones
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Pixels for label 0 and for label 1, void left out: `target` is labelled so, `union` labelled or predicted so."""
-
-    intersection: tuple[int, int] = (0, 0)
-    union: tuple[int, int] = (0, 0)
-    target: tuple[int, int] = (0, 0)
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            _sum_pairs(self.intersection, other.intersection),
-            _sum_pairs(self.union, other.union),
-            _sum_pairs(self.target, other.target),
-        )
-
-    def iou(self, label: int) -> float:
-        """Intersection over union of `label` (0 background, 1 the class), between 0 and 1."""
-        return self.intersection[label] / (self.union[label] + EPSILON)
 
 
 def logits_at_original_size(logits: Tensor, original_label: Tensor) -> Tensor:
@@ -71,15 +50,10 @@ def prediction_at_original_size(logits: Tensor, original_label: Tensor) -> Tenso
     return (foreground > background).to(torch.uint8)
 
 
-def count(prediction: Tensor, label: Tensor) -> Counts:
+def count(prediction: Tensor, label: Tensor) -> LabelCounts:
     """Counts of a prediction [H, W] (0 or 1) against a label [H, W] (0, 1, or 255, which is ignored)."""
     _require_label(label)
-    (right_background, false_alarm), (miss, right_class) = confusion(prediction, label, _LABELS).tolist()
-    return Counts(
-        intersection=(right_background, right_class),
-        union=(right_background + false_alarm + miss, right_class + false_alarm + miss),
-        target=(right_background + false_alarm, miss + right_class),
-    )
+    return count_labels(prediction, label, _LABELS)
 
 
 class FewShotMetrics:
@@ -89,7 +63,7 @@ class FewShotMetrics:
         ids = tuple(class_ids)
         if not ids or len(set(ids)) != len(ids):
             raise ValueError(f"class_ids is {ids}; expected at least one class id, each once")
-        self.counts: dict[int, Counts] = {class_id: Counts() for class_id in ids}
+        self.counts: dict[int, LabelCounts] = {class_id: LabelCounts(_LABELS) for class_id in ids}
         self.episodes: dict[int, int] = dict.fromkeys(ids, 0)
 
     def update(self, logits_or_prediction: Tensor, original_label: Tensor, class_id: int) -> None:
@@ -99,7 +73,7 @@ class FewShotMetrics:
         prediction = logits_or_prediction
         if prediction.dim() == 3:
             prediction = prediction_at_original_size(prediction, original_label)
-        self.counts[class_id] += count(prediction, original_label)
+        self.counts[class_id].add(count(prediction, original_label))
         self.episodes[class_id] += 1
 
     def merge(self, other: FewShotMetrics) -> FewShotMetrics:
@@ -107,20 +81,24 @@ class FewShotMetrics:
         if set(self.counts) != set(other.counts):
             raise ValueError(f"metrics of the classes {list(other.counts)} cannot be merged into {list(self.counts)}")
         merged = FewShotMetrics(self.counts)
-        for class_id in self.counts:
-            merged.counts[class_id] = self.counts[class_id] + other.counts[class_id]
-            merged.episodes[class_id] = self.episodes[class_id] + other.episodes[class_id]
+        for part in (self, other):
+            for class_id in merged.counts:
+                merged.counts[class_id].add(part.counts[class_id])
+                merged.episodes[class_id] += part.episodes[class_id]
         return merged
 
     @property
-    def total(self) -> Counts:
+    def total(self) -> LabelCounts:
         """Sums over the episodes of all classes."""
-        return sum(self.counts.values(), Counts())
+        total = LabelCounts(_LABELS)
+        for counts in self.counts.values():
+            total.add(counts)
+        return total
 
     @property
     def class_iou(self) -> dict[int, float]:
         """IoU of each class, from sums over its episodes; 0 for a class that was never met."""
-        return {class_id: counts.iou(1) for class_id, counts in self.counts.items()}
+        return {class_id: float(counts.iou[1]) for class_id, counts in self.counts.items()}
 
     @property
     def miou(self) -> float:
@@ -130,20 +108,16 @@ class FewShotMetrics:
     @property
     def foreground_iou(self) -> float:
         """IoU of the classes asked for, from sums over all episodes: the "pIoU" of BAM's code."""
-        return self.total.iou(1)
+        return float(self.total.iou[1])
 
     @property
     def fb_iou(self) -> float:
         """Mean of background and foreground IoU, both from sums over all episodes (not a mean of per-class values)."""
-        return (self.total.iou(0) + self.total.iou(1)) / _LABELS
+        return float(self.total.iou.mean())
 
 
 def _stretch(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(logits, size, mode="bilinear", align_corners=True)
-
-
-def _sum_pairs(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
-    return first[0] + second[0], first[1] + second[1]
 
 
 def _require_label(label: Tensor) -> tuple[int, int]:

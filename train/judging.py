@@ -91,7 +91,7 @@ def evaluate(
     trained = _open(path, overrides)
     config = trained.config
     seeds = seeds or (config.validation.seed,)
-    sampler = validation_sampler(config, seed=seeds[0])  # its pictures are checked once, for all seeds
+    sampler = validation_sampler(config, seed=seeds[0], console=console)  # its pictures are checked once, for all seeds
     samplers, split = [sampler.with_seed(seed) for seed in seeds], sampler.split
     origin, method = trained.origin(split), trained.method()
 
@@ -133,7 +133,7 @@ def evaluate_generalised(
     config = replace(config, validation=replace(config.validation, order="list"))
     trained = trained._replace(config=config)
     seeds = seeds or (config.validation.seed,)
-    sampler = generalised_sampler(config, seed=seeds[0])
+    sampler = generalised_sampler(config, seed=seeds[0], console=console)
     samplers, split = [sampler.with_seed(seed) for seed in seeds], sampler.split
     origin, method = trained.origin(split), trained.method()
     assert isinstance(method, BAM)

@@ -1,4 +1,4 @@
-"""Scores of predictions with many labels: per label intersections and unions, void left out. Knows no model and no episode."""
+"""Scores of predictions with any number of labels: per label intersections and unions, void left out. Knows no model and no episode."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class BaseMetrics:
 
 def _bytes(name: str, values: Tensor, labels: int) -> NDArray[np.uint8]:
     """On the CPU; ValueError for values that are no bytes."""
-    if values.dtype.is_floating_point:
+    if values.dtype.is_floating_point or values.dtype.is_complex:
         raise ValueError(f"{name} is {values.dtype}; expected whole numbers")
     if values.dtype != torch.uint8:
         if values.numel():

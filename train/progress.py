@@ -73,6 +73,16 @@ class WorkProgress:
         self._last_line_s = time.monotonic()
         return lambda done: self.show(name, done, total)
 
+    def watch(self, name: str) -> Callable[[int, int], None]:
+        """As ``counter``, for work that itself says how many there are: a function of how many of how many are done."""
+
+        def report(done: int, total: int) -> None:
+            if name not in self._work:
+                self.counter(name, total, done)
+            self.show(name, done, total)
+
+        return report
+
     def note(self, sentence: str) -> None:
         """A line that stays."""
         self._console.print(Text(sentence), soft_wrap=True)

@@ -120,9 +120,9 @@ def _build_run(config: Config | BaseConfig, *, resume: bool, console: Console) -
     device = prepare_device(config)
     is_new = checkpoint is None
     if isinstance(config, Config):
-        parts, splits = _few_shot_parts(config, pretrained=is_new)
+        parts, splits = _few_shot_parts(config, pretrained=is_new, console=console)
     else:
-        parts, splits = _base_learner_parts(config, pretrained=is_new)
+        parts, splits = _base_learner_parts(config, pretrained=is_new, console=console)
     run = Run(config, parts, folder, device=device, console=console)
     data = data_digest(*splits)
     if checkpoint is not None:
@@ -144,20 +144,22 @@ def _build_run(config: Config | BaseConfig, *, resume: bool, console: Console) -
     return run
 
 
-def _few_shot_parts(config: Config, *, pretrained: bool) -> tuple[Parts, list[Split]]:
+def _few_shot_parts(config: Config, *, pretrained: bool, console: Console) -> tuple[Parts, list[Split]]:
     if pretrained and config.method.name == "bam" and config.method.base_learner is None:
         raise ConfigError(
             "method.base_learner is not set: bam starts from a base learner, give its checkpoint (svf-fast train-base)"
         )
-    training, validation = training_sampler(config), validation_sampler(config, seed=config.validation.seed)
+    training = training_sampler(config, console=console)
+    validation = validation_sampler(config, seed=config.validation.seed, console=console)
     model = build_model(config, pretrained=pretrained)
     plan = episode_plan(config, config.validation.seed)
     task = EpisodeTask(training, validation, dict(validation.split.class_names), plan)
     return Parts(model.method, model.groups, task), [training.split, validation.split]
 
 
-def _base_learner_parts(config: BaseConfig, *, pretrained: bool) -> tuple[Parts, list[Split]]:
-    training, validation = base_training_pictures(config), base_validation_pictures(config)
+def _base_learner_parts(config: BaseConfig, *, pretrained: bool, console: Console) -> tuple[Parts, list[Split]]:
+    training = base_training_pictures(config, console=console)
+    validation = base_validation_pictures(config, console=console)
     learner, groups = build_base_learner(config, pretrained=pretrained)
     names = tuple(training.split.class_names[class_id] for class_id in training.base_classes)
     task = BaseTask(training, validation, names, batch=config.data.batch)

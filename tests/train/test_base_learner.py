@@ -155,7 +155,7 @@ def test_bam_stopped_and_resumed_needs_no_base_learner_any_more(
 
 def test_generalised_evaluation_reports_novel_base_and_all(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
-    for rule in ([], ["--rule", "base", "--tau", "0.3"]):
+    for rule in (["validation.order=list"], ["--rule", "base", "--tau", "0.3"]):
         # so few pictures for validation do not show every novel class
         asked = ["--generalised", "data.val_list=lists/all.txt", "--seed", "1", "2", "--episodes", "6", *rule]
         assert main(["eval", str(tuned / "last.pt"), *asked]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,9 @@ def test_a_census_does_not_hide_what_went_missing_or_unknown(root: Path) -> None
     assert "c.jpg is 64x80 pixels" in str(caught.value)
     write_folder(root, {"a": draw(80, 90, [(1, 0, 0, 50, 50)]), "b": draw(70, 60, [(4, 0, 0, 1, 3)])})
     write_census(census_path(root / "list.txt"), taken(root), sha256_of(root / "list.txt"))
+    (root / "classes.txt").write_text("1 one\n2 two\n")
     with pytest.raises(ValueError, match=r"b\.png holds the values \[4\], which are no class ids"):
-        VOCFolder(root, {1: "one", 2: "two"}).split("list.txt", (1,))
+        VOCFolder(root).split("list.txt", (1,))
 
 
 def test_progress_counts_to_the_end_and_labels_are_read_in_threads(
@@ -120,6 +122,48 @@ def test_progress_counts_to_the_end_and_labels_are_read_in_threads(
     assert [Path(row.image).stem for row in rows] == [f"p{i}" for i in range(70)]
     assert seen == [(32, 70), (64, 70), (70, 70)]
     assert threading.current_thread().name not in readers
+    readers.clear()
+    take_census(root, read_pairs(root / "list.txt"), CLASSES, workers=1)
+    assert len(readers) == 1
+
+
+class Interrupted(list[tuple[str, str]]):
+    """Pairs whose second half cannot be queued any more."""
+
+    def __getitem__(self, part: Any) -> Any:
+        if part.start >= len(self) // 2:
+            raise KeyboardInterrupt
+        return super().__getitem__(part)
+
+
+@pytest.mark.parametrize("pairs", [list, Interrupted], ids=["in the progress", "while tasks are queued"])
+def test_an_interruption_leaves_the_other_pictures_unread(
+    pairs: type[list[tuple[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def slow(root: str, pair: tuple[str, str], known: frozenset[int]) -> census_module.CensusRow:
+        read.append(pair[0])
+        time.sleep(2e-3)
+        return census_module.CensusRow(*pair, (1, 1), (1, 1), {})
+
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(census_module, "_read_row", slow)
+    with pytest.raises(KeyboardInterrupt):
+        take_census(tmp_path, pairs(("a.jpg", f"{n}.png") for n in range(1280)), CLASSES, on_progress=interrupted)
+    assert len(read) <= 320
+
+
+@pytest.mark.parametrize("part", [2**24, 100], ids=["as a whole", "in parts"])
+def test_pixels_are_counted_exactly(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(census_module, "_EXACT_IN_FLOAT32", part)
+    label = np.random.default_rng(0).integers(0, 256, (37, 41), dtype=np.uint8)
+    label[:, 9:30] = 7
+    counts = census_module._pixels_of_values(label)
+    assert counts.dtype == np.int64
+    assert counts.tolist() == [int((label == value).sum()) for value in range(256)]
 
 
 def changed_row(position: int, value: object) -> Callable[[dict[str, Any]], None]:
@@ -143,6 +187,7 @@ def changed_row(position: int, value: object) -> Callable[[dict[str, Any]], None
         (changed_row(6, {"2": True}), "picture 2 is not"),
         (changed_row(6, {"0": 5}), "picture 2 is not"),
         (changed_row(6, {"two": 5}), "picture 2 is not"),
+        (changed_row(6, {"9" * 5000: 5}), "picture 2 is not"),
         (changed_row(6, {"2": 4201}), "picture 2 is not"),
         (changed_row(6, None), "picture 2 is not"),
     ],

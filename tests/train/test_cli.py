@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 import torch
 from run_fakes import TINY, stop_after, write_voc_folder
 
-from svf_fast.train.checkpoint import load_checkpoint
+from svf_fast.train.checkpoint import Checkpoint, load_checkpoint
 from svf_fast.train.cli import main
 from svf_fast.train.journal import read_journal
 from svf_fast.train.score_sheet import score_table
@@ -106,6 +107,21 @@ def test_eval_writes_what_it_shows_under_the_five_seeds(
     assert (sheet["protocol"]["order"], sheet["protocol"]["batch"]) == ("list", 2)
     # the list's first three pictures are of class 1
     assert [row["episodes"] for row in sheet["per_seed"][0]["classes"]] == [3, 0, 0, 0, 0]
+
+
+def test_a_checkpoint_replaced_while_it_is_read_is_refused(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copy(finished / "last.pt", tmp_path))
+
+    def read_and_replaced(given: str | Path) -> Checkpoint:
+        checkpoint = load_checkpoint(given)
+        path.write_bytes(path.read_bytes() + b"a later step")
+        return checkpoint
+
+    monkeypatch.setattr("svf_fast.train.judging.load_checkpoint", read_and_replaced)
+    assert main(["eval", str(path)]) == 2
+    assert f"{path} was replaced while it was read" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_from_its_own_config_file(tmp_path: Path, finished: Path) -> None:

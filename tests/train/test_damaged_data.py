@@ -330,8 +330,18 @@ def read_own_folds(path: Path, root: Path) -> object:
         (read_own_folds, None, b'{"novel": [[1, 2], [2]]}', "class 2 is novel in fold 0 and again in fold 1"),
         (read_own_folds, None, b'{"novel": [[1, 99]]}', "has the class 99, which classes.txt does not list"),
         (read_own_folds, None, b'{"novel": "all"}', "holds no folds; expected"),
+        (read_own_folds, None, b'{"novel": [[%s]]}' % (b"9" * 5000), "cannot be read as a JSON file"),
     ],
-    ids=["cut census", "no census", "index of bytes", "code for an index", "class twice", "unknown class", "no folds"],
+    ids=[
+        "cut census",
+        "no census",
+        "index of bytes",
+        "code for an index",
+        "class twice",
+        "unknown class",
+        "no folds",
+        "digits",
+    ],
 )
 def test_wrong_json_is_named(
     read: Callable[[Path, Path], object],

@@ -146,6 +146,7 @@ def test_another_content_of_the_list_is_refused(root: Path) -> None:
         ({"present_classes": [[1], [1, 2], [2], [1, 3]]}, ": present_classes is damaged"),
         ({"files_of_class": []}, ": files_of_class is damaged"),
         ({"files_of_class": {"one": [0]}}, ": files_of_class is damaged"),
+        ({"files_of_class": {"9" * 5000: [0]}}, ": files_of_class is damaged"),
         (
             {"files_of_class": {"1": [0, 1, 3], "2": [0, 2]}},
             ": files_of_class is damaged; expected ascending positions",

@@ -3,12 +3,14 @@ a mistake gets."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from run_fakes import TINY
 from voc_folders import draw, line, write_label, write_picture
 
@@ -119,11 +121,22 @@ def test_a_run_may_read_fold_indexes(flowers: Path, tmp_path: Path, capsys: pyte
     assert "is a fold index, but every picture of a list is asked for" in capsys.readouterr().err
 
 
+def test_the_check_of_a_lists_files_is_shown_where_there_is_no_terminal_too(
+    flowers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svf_fast.train.progress.PLAIN_LINE_EVERY_S", 0)
+    plain = {"method": {"name": "pspnet"}, "schedule": {}, "validation": {}}
+    config = config_from_plain(plain, [f"data.root={flowers}", *OWN, *BASE], BaseConfig)
+    said = io.StringIO()
+    pictures = base_training_pictures(config, console=Console(file=said))
+    assert said.getvalue() == f"checking lists/train.txt {len(pictures)}/{len(pictures)}  0:00:00 left\n"
+
+
 @pytest.mark.parametrize(("base_filter", "stems"), [(False, 13), (True, 8)])
 def test_a_base_learner_can_leave_out_pictures_with_novel_objects(flowers: Path, base_filter: bool, stems: int) -> None:
     settings = [f"data.root={flowers}", *OWN, *BASE, f"data.base_filter={base_filter}"]
     plain = {"method": {"name": "pspnet"}, "schedule": {}, "validation": {}}
-    pictures = base_training_pictures(config_from_plain(plain, settings, BaseConfig))
+    pictures = base_training_pictures(config_from_plain(plain, settings, BaseConfig), console=Console(quiet=True))
     assert len(pictures) == stems
     shown = [entry.present_classes for entry in pictures.split.entries]
     assert any(c in (1, 2) for classes in shown for c in classes) is not base_filter

@@ -12,17 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from svf_fast.train.data import BACKGROUND, VOID
 from svf_fast.train.data.documents import is_whole_number, read_document, write_document
-from svf_fast.train.data.reading import image_size, read_label, require_same_size
+from svf_fast.train.data.lists import is_written_number
+from svf_fast.train.data.reading import Bytes, image_size, read_label, require_same_size
 
 _FORMAT, _VERSION = "svf_fast census", 1
 _ROW_IN_WORDS = "[image, label, height, width, bytes of the image, bytes of the label, {class id: pixels}]"
 _PAIRS_A_TASK = 32
+_EXACT_IN_FLOAT32 = 2**24
 
 Pair = tuple[str, str]
+OnProgress = Callable[[int, int], None]  # how many of how many pairs are done
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,10 @@ def take_census(
     *,
     earlier: Census | None = None,
     named: str | None = None,
-    workers: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    workers: int = 2,
+    on_progress: OnProgress | None = None,
 ) -> Census:
-    """Read the labels and the pictures' headers of `pairs` (relative to `root`), in `workers` threads (None: a few a core).
+    """Read the labels and the pictures' headers of `pairs` (relative to `root`), in `workers` threads.
 
     A row of `earlier` is taken over when both files still have the sizes in bytes that it recorded and its classes are
     known. `on_progress(done, all)` is called now and then. Raises one ValueError that lists every pair that cannot be
@@ -67,7 +72,8 @@ def take_census(
         return [_row_or_problem(str(root), pair, known, recorded.get(pair)) for pair in some]
 
     found: list[CensusRow | str] = []
-    # threads wait for the disk together; where the files are in memory they gain nothing, since counting holds Python's lock
+    # Two threads are the most that pay: headers are read under Python's lock. 924 photographs on two cores, from the disk
+    # and from memory: one thread 0.90 s and 0.54 s, two 0.66 and 0.49, four 0.66 and 0.57, six 0.73 and 0.64.
     pool = ThreadPoolExecutor(workers, thread_name_prefix="census")
     try:
         tasks = (pairs[start : start + _PAIRS_A_TASK] for start in range(0, len(pairs), _PAIRS_A_TASK))
@@ -76,6 +82,7 @@ def take_census(
             if on_progress is not None:
                 on_progress(len(found), len(pairs))
     finally:
+        # `with` would still run what an interruption finds queued
         pool.shutdown(cancel_futures=True)
     problems = [problem for problem in found if isinstance(problem, str)]
     if problems:
@@ -169,13 +176,24 @@ def _read_row(root: str, pair: Pair, known: frozenset[int]) -> CensusRow:
     height, width = image_size(image_path)
     label = read_label(label_path)
     require_same_size(image_path, (height, width), label_path, label.shape)
-    counts = np.bincount(label.ravel(), minlength=VOID + 1)
+    counts = _pixels_of_values(label)
     pixels = {int(c): int(counts[c]) for c in np.flatnonzero(counts) if c not in (BACKGROUND, VOID)}
     if unknown := sorted(pixels.keys() - known):
         raise ValueError(
             f"{label_path} holds the values {unknown}, which are no class ids of {root}; expected 0, 255 and class ids"
         )
     return CensusRow(*pair, (height, width), _file_bytes(root, pair), pixels)
+
+
+def _pixels_of_values(label: Bytes) -> NDArray[np.int64]:
+    """Pixels of the values 0 … 255, int64 [256]."""
+    # OpenCV's histogram takes 0.7 times as long as NumPy's bincount, which first makes eight bytes of every pixel, but
+    # gives float32: exact in parts of a label that cannot have too many pixels of a value
+    flat, counts = label.ravel(), np.zeros(VOID + 1, np.int64)
+    for start in range(0, flat.size, _EXACT_IN_FLOAT32):
+        part = flat[start : start + _EXACT_IN_FLOAT32]
+        counts += cv2.calcHist([part], [0], None, [VOID + 1], [0, VOID + 1]).ravel().astype(np.int64)
+    return counts
 
 
 def _row_from(values: object) -> CensusRow | None:
@@ -187,7 +205,7 @@ def _row_from(values: object) -> CensusRow | None:
         return None
     if not all(is_whole_number(number) and number > 0 for number in (*numbers, *counts.values())):
         return None
-    pixels = {int(c): n for c, n in counts.items() if c.isdecimal() and BACKGROUND < int(c) < VOID}
+    pixels = {int(c): n for c, n in counts.items() if is_written_number(c) and BACKGROUND < int(c) < VOID}
     height, width, image_bytes, label_bytes = numbers
     if len(pixels) != len(counts) or sum(pixels.values()) > height * width:
         return None

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from svf_fast.train.data.census import Pair, census_path, changed_files, read_census
 from svf_fast.train.data.documents import is_whole_number, read_document, write_document
-from svf_fast.train.data.lists import read_pairs
+from svf_fast.train.data.lists import is_written_number, read_pairs
 from svf_fast.train.data.split import Entry, Split
 from svf_fast.train.files import sha256_of
 
@@ -55,7 +55,8 @@ def read_fold_index(
 
     With `class_ids` and `drop_images_with` it must have been made for just these. Raises FileNotFoundError, or
     ValueError for a file that is no whole and consistent index, that belongs to another content of its list, or that
-    names pictures which are not there (all of them).
+    names pictures or labels which are not there, or not of the size in bytes in the list's census, if it has one (all of
+    them).
     """
     document = read_document(path, _FORMAT, _VERSION)
     _require_shape(document, path)
@@ -97,7 +98,7 @@ def _require_shape(document: Mapping[str, Any], path: Path) -> None:
         raise _damaged(path, "list", "the list's path and its hash")
     if not (rule is None or isinstance(rule, str)) or not (fold is None or is_whole_number(fold)):
         raise _damaged(path, "fold", "a rule's name and the number of a fold")
-    ids = [int(c) for c in files_of_class if c.isdecimal()] if isinstance(files_of_class, dict) else []
+    ids = [int(c) for c in files_of_class if is_written_number(c)] if isinstance(files_of_class, dict) else []
     if not ids or not _is_ascending(ids) or len(ids) != len(files_of_class):
         raise _damaged(path, "files_of_class", "ascending class ids with the pictures of each")
     if not _is_ascending(dropped) or not set(ids).isdisjoint(dropped):

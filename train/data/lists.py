@@ -9,7 +9,7 @@ from pathlib import Path
 
 from svf_fast.train.data import BACKGROUND, VOID
 
-_LONGEST_ID = 9  # digits; Python refuses to read numbers of thousands
+_LONGEST_NUMBER = 9  # digits
 
 
 def read_classes(path: Path) -> dict[int, str]:
@@ -17,7 +17,7 @@ def read_classes(path: Path) -> dict[int, str]:
     classes: dict[int, str] = {}
     for number, line in _numbered_lines(path):
         identifier, _, name = line.partition(" ")
-        if not identifier.isdecimal() or len(identifier) > _LONGEST_ID or not name.strip():
+        if not is_written_number(identifier) or not name.strip():
             raise ValueError(f"{path} line {number} is {line!r}; expected `id name`")
         if int(identifier) in classes:
             raise ValueError(f"{path} line {number} gives class {identifier} a second time")
@@ -26,7 +26,10 @@ def read_classes(path: Path) -> dict[int, str]:
     if not classes:
         raise ValueError(f"{path} lists no class besides the background")
     for class_id in classes:
-        require_class_id(class_id, str(path))
+        if class_id >= VOID:
+            raise ValueError(
+                f"{path} holds the class id {class_id}; expected 1 to {VOID - 1} (0 is background, {VOID} void)"
+            )
     return classes
 
 
@@ -49,12 +52,9 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     return list(first_line_of)
 
 
-def require_class_id(class_id: int, where: str) -> None:
-    """ValueError unless the id is between background and void."""
-    if not BACKGROUND < class_id < VOID:
-        raise ValueError(
-            f"{where} holds the class id {class_id}; expected 1 to {VOID - 1} (0 is background, {VOID} void)"
-        )
+def is_written_number(text: str) -> bool:
+    """Whether a text is a whole number from 0, short enough for `int`, which refuses thousands of digits."""
+    return text.isdecimal() and len(text) <= _LONGEST_NUMBER
 
 
 def _numbered_lines(path: Path) -> list[tuple[int, str]]:

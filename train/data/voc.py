@@ -7,35 +7,38 @@ compared with it by size. Knows nothing of tensors or of how episodes are drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
-from svf_fast.train.data.census import Census, census_path, read_census, take_census
+from svf_fast.train.data.census import Census, OnProgress, census_path, read_census, take_census
 from svf_fast.train.data.fold_index import read_fold_index
-from svf_fast.train.data.lists import read_classes, read_pairs, require_class_id
+from svf_fast.train.data.lists import read_classes, read_pairs
 from svf_fast.train.data.split import Split, split_of, whole_of
 from svf_fast.train.files import sha256_of
 
 
 class VOCFolder:
-    """A data root and its classes (1-based id → name); `classes` defaults to what `classes.txt` in the root says."""
+    """A data root and its `classes` (1-based id → name), those of its `classes.txt`."""
 
-    def __init__(self, root: str | Path, classes: Mapping[int, str] | None = None) -> None:
+    def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(
                 f"data root {self.root} is not a folder; expected pictures and labels in VOC layout"
             )
-        self.classes = dict(classes) if classes is not None else read_classes(self.root / "classes.txt")
-        for class_id in self.classes:
-            require_class_id(class_id, "classes")
+        self.classes = read_classes(self.root / "classes.txt")
 
-    def split(self, list_file: str | Path, class_ids: Iterable[int], *, drop_images_with: Iterable[int] = ()) -> Split:
+    def split(
+        self,
+        list_file: str | Path,
+        class_ids: Iterable[int],
+        *,
+        drop_images_with: Iterable[int] = (),
+        on_progress: OnProgress | None = None,
+    ) -> Split:
         """The split of `list_file` (relative to the root, or absolute) for the classes `class_ids`, by the rules of
-        `split_of`; a `.json` file is a fold index, which must have been made for the same classes.
+        `split_of`; a `.json` file is a fold index, which must have been made for the same classes. `on_progress` as in
+        `take_census`; a fold index, which opens no picture, reports none.
 
         Raises FileNotFoundError or ValueError, naming every file that is missing, truncated, of another size than its
         partner, or labelled with an unknown class; of a fold index, every file that is missing, or of another size in
@@ -47,7 +50,7 @@ class VOCFolder:
                 path, self.root, self.classes, class_ids=class_ids, drop_images_with=drop_images_with
             )
         return split_of(
-            self.census(list_file),
+            self.census(list_file, on_progress=on_progress),
             class_ids,
             root=self.root,
             list_file=path,
@@ -55,14 +58,21 @@ class VOCFolder:
             drop_images_with=drop_images_with,
         )
 
-    def whole(self, list_file: str | Path, class_ids: Iterable[int], *, drop_images_with: Iterable[int] = ()) -> Split:
-        """Every picture of `list_file`, by the rules of `whole_of`. Raises like `split`; a fold index is refused, because
-        it has left pictures out."""
+    def whole(
+        self,
+        list_file: str | Path,
+        class_ids: Iterable[int],
+        *,
+        drop_images_with: Iterable[int] = (),
+        on_progress: OnProgress | None = None,
+    ) -> Split:
+        """Every picture of `list_file`, by the rules of `whole_of`; otherwise as `split`, but a fold index is refused,
+        because it has left pictures out."""
         path = self.root / list_file
         if path.suffix == ".json":
             raise ValueError(f"{path} is a fold index, but every picture of a list is asked for: give the list file")
         return whole_of(
-            self.census(list_file),
+            self.census(list_file, on_progress=on_progress),
             class_ids,
             root=self.root,
             list_file=path,
@@ -70,21 +80,11 @@ class VOCFolder:
             drop_images_with=drop_images_with,
         )
 
-    def census(self, list_file: str | Path) -> Census:
+    def census(self, list_file: str | Path, *, on_progress: OnProgress | None = None) -> Census:
         """What the pictures of `list_file` show: from the census beside the list where that still fits, else read from
-        all labels, with a bar on a terminal. Raises like `split`."""
+        all labels. Otherwise as `split`."""
         path = self.root / list_file
         pairs = read_pairs(path)
         kept = census_path(path)
         earlier = read_census(kept, pairs, sha256_of(path)) if kept.is_file() else None
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task(f"Checking {path.name}", total=len(pairs))
-            return take_census(
-                self.root,
-                pairs,
-                self.classes,
-                earlier=earlier,
-                named=str(path),
-                on_progress=lambda done, _: progress.update(task, completed=done),
-            )
+        return take_census(self.root, pairs, self.classes, earlier=earlier, named=str(path), on_progress=on_progress)
