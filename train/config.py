@@ -14,6 +14,7 @@ from svf_fast.train.data.episodes import Order
 from svf_fast.train.data.folds import FOLD_RULES
 from svf_fast.train.data.transforms import CropKeep
 from svf_fast.train.method_config import BASE_LEARNER, BaseLearnerConfig, MethodConfig
+from svf_fast.train.precision import Precision
 from svf_fast.train.schedule import Schedule
 from svf_fast.train.schema import (
     ConfigError,
@@ -231,6 +232,7 @@ class RunConfig:
     seed: int = 321
     device: str = "auto"  # "auto": the first GPU if there is one; "cpu", "cuda", "cuda:1"
     threads: int | None = None  # CPU threads; sums, and so the last bits, can depend on it
+    precision: Precision = "float32"  # bf16, fp16: automatic mixed precision, in training and in evaluation
     checkpoint_every: int = 100  # iterations
 
     def __post_init__(self) -> None:

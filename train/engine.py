@@ -20,6 +20,7 @@ from svf_fast.train.checkpoint import Checkpoint, RunState, load_method_state, s
 from svf_fast.train.config import StageConfig
 from svf_fast.train.interruption import StopRequest
 from svf_fast.train.journal import Journal
+from svf_fast.train.precision import arithmetic
 from svf_fast.train.progress import WorkProgress
 from svf_fast.train.schedule import factor
 from svf_fast.train.tasks import DeviceBatch, Task
@@ -148,7 +149,8 @@ class Run:
         self.method.train()
         self.optimiser.zero_grad(set_to_none=True)
         with _randomness_of_step(self.config.run.seed, iteration, self.device):
-            losses = self.parts.task.losses(self.method, batch)
+            with arithmetic(self.config.run.precision, self.device):
+                losses = self.parts.task.losses(self.method, batch)
             losses.total.backward()
         loss_value, gradient_norm = losses.total.item(), self._gradient_norm()
         self._require_finite(loss_value, gradient_norm)
@@ -187,9 +189,10 @@ class Run:
         task = self.parts.task
         self.progress.begin("validation", 0, task.judged)
         try:
-            found = task.judge(
-                self.method, workers=self.config.data.workers, device=self.device, watch=self._watch_validation
-            )
+            with arithmetic(self.config.run.precision, self.device):
+                found = task.judge(
+                    self.method, workers=self.config.data.workers, device=self.device, watch=self._watch_validation
+                )
         except ValidationStopped:
             return False
         state = self.state

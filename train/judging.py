@@ -20,6 +20,7 @@ from svf_fast.train.files import sha256_of
 from svf_fast.train.generalised import GeneralisedScores, validate_generalised
 from svf_fast.train.methods import BAM, MetaLearner
 from svf_fast.train.methods.bam import GeneralisedRule
+from svf_fast.train.precision import arithmetic
 from svf_fast.train.progress import WorkProgress
 from svf_fast.train.runs import config_of, data_digest, episode_plan, prepare_device, with_absolute_places
 from svf_fast.train.tasks import Watch
@@ -39,6 +40,7 @@ FREE_IN_EVALUATION = (
     "validation.shots",
     "run.device",
     "run.threads",
+    "run.precision",
 )
 
 Sampler = TypeVar("Sampler", bound=EpisodeSampler)
@@ -106,7 +108,8 @@ def evaluate(
             watch=watch,
         )
 
-    scores = _one_by_one("validation", samplers, config.validation.episodes, judge, console)
+    with arithmetic(config.run.precision, trained.device):
+        scores = _one_by_one("validation", samplers, config.validation.episodes, judge, console)
     return Evaluation(origin, scores, dict(split.class_names))
 
 
@@ -150,7 +153,8 @@ def evaluate_generalised(
             watch=watch,
         )
 
-    scores = _one_by_one("generalised", samplers, config.validation.episodes, judge, console)
+    with arithmetic(config.run.precision, trained.device):
+        scores = _one_by_one("generalised", samplers, config.validation.episodes, judge, console)
     return GeneralisedEvaluation(origin, scores, dict(split.class_names), tau, rule)
 
 

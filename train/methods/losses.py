@@ -49,6 +49,8 @@ class TrainingBatch(Protocol):
 def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Mean cross-entropy over the pixels of the whole batch that are not void: logits [B, C, S, S], label [B, S, S]
     int64. 0, with a gradient of zeros, where all are void."""
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()  # under autocast a GPU does this by itself, a CPU does not
     mean = F.cross_entropy(logits, label, ignore_index=IGNORED_LABEL)
     # The mean of no pixel is NaN, its gradient zeros. Chosen on the device, without waiting for it.
     return torch.where((label != IGNORED_LABEL).any(), mean, 0.0)
