@@ -127,6 +127,18 @@ def training_sampler(config: Config, *, console: Console) -> EpisodeSampler:
     )
 
 
+def seen_classes_sampler(config: Config, training: EpisodeSampler) -> EpisodeSampler:
+    """The episodes of ``training`` as validation would ask for them: under the test transform."""
+    return EpisodeSampler(
+        training.split,
+        config.validation.shots or config.data.shots,
+        config.data.size,
+        config.validation.seed,
+        base_classes=_base_classes(config),
+        cache_bytes=config.data.cache_bytes,
+    )
+
+
 def validation_sampler(config: Config, *, seed: int, console: Console) -> EpisodeSampler:
     """Episodes of the fold's novel classes under the test transform; ``console`` as in :func:`training_sampler`."""
     data = config.data
@@ -192,11 +204,16 @@ def base_rates(config: StageConfig, groups: list[ParameterGroup]) -> dict[str, f
     return {group["name"]: base_lr * group["lr_scale"] for group in groups}
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the first GPU if there is one; ConfigError when a GPU is asked for that PyTorch does not see."""
+def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
+    """``auto`` is the first GPU if there is one; with a ``local_rank``, of several processes on this machine, each has
+    the GPU of its number. ConfigError when a GPU is asked for that PyTorch does not see."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and local_rank is not None:
+        if device.index is not None:
+            raise ConfigError(f"run.device is {name}, one GPU for several processes: use run.device=cuda")
+        device = torch.device("cuda", local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"run.device is {name}, but PyTorch sees {torch.cuda.device_count()} GPUs: use run.device=cpu"

@@ -18,9 +18,10 @@ from svf_fast.train.checkpoint import CheckpointError, load_checkpoint
 from svf_fast.train.config import BASE_LEARNER, BaseConfig, ConfigError, config_from_plain
 from svf_fast.train.data.base_labels import BaseBatch, BasePictures, stack
 from svf_fast.train.data.folds import Fold, fold_of
+from svf_fast.train.distributed import ALONE, Processes
 from svf_fast.train.label_metrics import BaseMetrics
 from svf_fast.train.methods import Losses, PSPNet
-from svf_fast.train.tasks import Judgement, Watch
+from svf_fast.train.tasks import Judgement, Watch, count_scored
 from svf_fast.train.validation import evaluating
 
 
@@ -44,10 +45,15 @@ class BaseTask:
     def losses(self, method: PSPNet, batch: BaseBatch) -> Losses:
         return method.losses(batch.images, batch.labels)
 
-    def judge(self, method: PSPNet, *, workers: int, device: torch.device, watch: Watch) -> Judgement:
+    def scored_pixels(self, batch: BaseBatch) -> int:
+        return count_scored(batch.labels)
+
+    def judge(
+        self, method: PSPNet, *, workers: int, device: torch.device, watch: Watch, processes: Processes = ALONE
+    ) -> Judgement:
         """mIoU over all base classes, background left out; the method comes back in the mode it was in."""
         metrics = BaseMetrics(len(self.class_names))
-        keys = in_batches([(0, index) for index in range(self.judged)], self.batch)
+        keys = processes.share(in_batches([(0, index) for index in range(self.judged)], self.batch))
         done = 0
         loading = load_ahead(self.validation.picture, stack, keys, workers=workers)
         with evaluating(method), closing(loading) as batches:
@@ -55,7 +61,8 @@ class BaseTask:
                 # the argmax, two to five times as fast as torch.argmax over a leading dimension
                 metrics.update(method(batch.images.to(device)).max(dim=1).indices, batch.labels)
                 done += len(batch.labels)
-                watch(done, self.judged)
+                watch(min(done * processes.size, self.judged), self.judged)
+        metrics.counts.sum_over(processes.total)
         return Judgement(
             metrics.miou,
             {

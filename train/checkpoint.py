@@ -5,7 +5,7 @@ so the iteration number is the whole state. Knows tensors by their names, not wh
 """
 
 import pickle
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,12 +41,14 @@ class RunState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``method`` is the method's whole state, frozen parameters included; ``config`` is plain data."""
+    """``method`` is the method's whole state, frozen parameters included; ``config`` is plain data; ``scaler``, of fp16's
+    losses, is empty without it."""
 
     config: dict[str, Any]
     state: RunState
     method: dict[str, Tensor]
     optimiser: dict[str, Any]
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
@@ -61,6 +63,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
         "state": asdict(checkpoint.state),
         "method": checkpoint.method,
         "optimiser": checkpoint.optimiser,
+        "scaler": checkpoint.scaler,
     }
     write_atomically(Path(path), lambda file: _save(content, file))
 
@@ -83,7 +86,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path} is a PyTorch file but not a checkpoint of svf-fast train")
     if content.get("version") != VERSION:
         raise CheckpointError(f"{path} has checkpoint layout {content.get('version')!r}, this version reads {VERSION}")
-    missing = [field.name for field in fields(Checkpoint) if not isinstance(content.get(field.name), dict)]
+    content.setdefault("scaler", {})  # files of older versions have none
+    missing = [part.name for part in fields(Checkpoint) if not isinstance(content.get(part.name), dict)]
     if missing:
         raise CheckpointError(f"{path} is a checkpoint without {', '.join(missing)}")
     return Checkpoint(
@@ -91,6 +95,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         state=RunState(**content["state"]),
         method=content["method"],
         optimiser=content["optimiser"],
+        scaler=content["scaler"],
     )
 
 

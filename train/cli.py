@@ -18,6 +18,7 @@ import svf_fast
 from svf_fast.train.assembly import base_rates, build_model
 from svf_fast.train.backbones import build_backbone
 from svf_fast.train.config import load_base_config, load_config, shipped_configs
+from svf_fast.train.distributed import launched_rank
 from svf_fast.train.engine import TrainingError
 from svf_fast.train.judging import Evaluation, GeneralisedEvaluation, evaluate, evaluate_generalised
 from svf_fast.train.methods.bam import GeneralisedRule
@@ -75,8 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, status: int) -> int:
-    print(f"svf-fast: {error}", file=sys.stderr)
+    # of several processes one speaks: what stops another one reaches it
+    if launched_rank() == 0:
+        print(f"svf-fast: {error}", file=sys.stderr)
     return status
+
+
+def _tell(sentence: str) -> None:
+    if launched_rank() == 0:
+        print(sentence)
 
 
 def _parser() -> _Parser:
@@ -157,13 +165,13 @@ def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     outcome = train(load_config(options.config, overrides), resume=options.resume, console=Console())
-    print(outcome.sentence)
+    _tell(outcome.sentence)
     return 0 if outcome.is_finished else 1
 
 
 def _train_base(options: argparse.Namespace, overrides: list[str]) -> int:
     outcome = train(load_base_config(options.config, overrides), resume=options.resume, console=Console())
-    print(outcome.sentence)
+    _tell(outcome.sentence)
     return 0 if outcome.is_finished else 1
 
 

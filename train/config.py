@@ -215,10 +215,13 @@ class ValidationConfig(CadenceConfig):
     shots: int | None = None  # null: as in training
     order: Order = "permuted"  # list: the list file's, as the field has it; the seed then draws class and supports only
     batch: int = 1  # episodes in one forward; each is scored for itself
+    training_episodes: int = 0  # so many episodes of the base classes are judged as well, and decide nothing
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "episodes", 0 < self.episodes <= MOST_EPISODES, f"1 to {MOST_EPISODES:,}")
+        is_possible = 0 <= self.training_episodes <= MOST_EPISODES
+        require(self, "training_episodes", is_possible, f"0 to {MOST_EPISODES:,}")
         require(self, "seed", 0 <= self.seed < 2**63, "0 or more, below 2^63")
         require(self, "shots", self.shots is None or self.shots > 0, "1 or more, or null")
         require(self, "batch", self.batch > 0, "1 or more")
@@ -233,6 +236,9 @@ class RunConfig:
     device: str = "auto"  # "auto": the first GPU if there is one; "cpu", "cuda", "cuda:1"
     threads: int | None = None  # CPU threads; sums, and so the last bits, can depend on it
     precision: Precision = "float32"  # bf16, fp16: automatic mixed precision, in training and in evaluation
+    accumulate: int = 1  # forwards that a step's batch is divided into: less memory, the same step up to rounding
+    compile: bool = False  # the losses of a training step under torch.compile
+    tensorboard: bool = False  # curves in DIR/tensorboard beside the log
     checkpoint_every: int = 100  # iterations
 
     def __post_init__(self) -> None:
@@ -245,6 +251,7 @@ class RunConfig:
             "auto, cpu, cuda or cuda:N",
         )
         require(self, "threads", self.threads is None or self.threads > 0, "1 or more, or null")
+        require(self, "accumulate", self.accumulate > 0, "1 or more")
         require(self, "checkpoint_every", self.checkpoint_every > 0, "1 or more")
 
 

@@ -4,30 +4,33 @@ ends with the same bits as one that was not: all chance in a step derives from t
 
 import math
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
 
-from svf_fast.train.assembly import base_rates
 from svf_fast.train.batches import training_keys
 from svf_fast.train.checkpoint import Checkpoint, RunState, load_method_state, save_checkpoint
 from svf_fast.train.config import StageConfig
+from svf_fast.train.distributed import ALONE, PeerLost, Processes
+from svf_fast.train.footprint import peak_memory_mb
 from svf_fast.train.interruption import StopRequest
-from svf_fast.train.journal import Journal
+from svf_fast.train.journal import Journal, SilentJournal
 from svf_fast.train.precision import arithmetic
 from svf_fast.train.progress import WorkProgress
-from svf_fast.train.schedule import factor
+from svf_fast.train.scalars import open_scalars, scalars_of
+from svf_fast.train.step import Stepper
 from svf_fast.train.tasks import DeviceBatch, Task
 from svf_fast.train.tuning import ParameterGroup
 from svf_fast.train.validation import ValidationStopped
 
-LAST, BEST, LOG = "last.pt", "best.pt", "log.jsonl"
+LAST, BEST, LOG, SCALARS = "last.pt", "best.pt", "log.jsonl", "tensorboard"
+MOST_OVERFLOWS = 20  # fp16 steps in a row: the scale has fallen by 2^20 then
 
 
 class TrainingError(RuntimeError):
@@ -56,32 +59,36 @@ class Run:
     """A run in ``folder``: ``last.pt``, ``best.pt`` (by validation mIoU) and ``log.jsonl``."""
 
     def __init__(
-        self, config: StageConfig, parts: Parts, folder: Path, *, device: torch.device, console: Console
+        self,
+        config: StageConfig,
+        parts: Parts,
+        folder: Path,
+        *,
+        device: torch.device,
+        console: Console,
+        processes: Processes = ALONE,
     ) -> None:
+        """ConfigError when the batch cannot be divided as the configuration asks."""
         self.config = config
         self.parts = parts
         self.folder = folder
         self.device = device
-        self.console = console
+        self.processes = processes
+        self.console = console if processes.is_first else Console(quiet=True)
         self.state = RunState()
         self.method = parts.method.to(device)
-        options = config.optimiser
-        self.optimiser = torch.optim.SGD(
-            [{"params": group["params"], "name": group["name"]} for group in parts.groups],
-            lr=options.base_lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-        )
-        self.base_rates = base_rates(config, parts.groups)
+        self.stepper = Stepper(config, self.method, parts.groups, parts.task, device=device, processes=processes)
         schedule = config.schedule
         self.steps_per_epoch = len(parts.task.training) // config.data.batch
         self.total = schedule.iterations or (schedule.epochs or 0) * self.steps_per_epoch
         self._saved_iteration: int | None = None
+        self._overflows = 0  # of fp16, in a row
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where ``checkpoint``, this folder's last one, was written."""
         load_method_state(self.method, checkpoint, self.folder / LAST)
-        self.optimiser.load_state_dict(checkpoint.optimiser)
+        self.stepper.optimiser.load_state_dict(checkpoint.optimiser)
+        self.stepper.scaler.load_state_dict(checkpoint.scaler)
         self.state = checkpoint.state
         self._saved_iteration = checkpoint.state.iteration
 
@@ -92,13 +99,19 @@ class Run:
         takes no more; the checkpoints written so far stay.
         """
         resumed_at = None if self._saved_iteration is None else self.state
+        log = Journal(self.folder / LOG, resumed_at) if self.processes.is_first else SilentJournal()
+        wants_scalars = self.config.run.tensorboard and self.processes.is_first
         try:
-            with Journal(self.folder / LOG, resumed_at) as self.journal, StopRequest() as self.stop:
+            with (
+                log as self.journal,
+                open_scalars(self.folder / SCALARS, self.state.iteration, wanted=wants_scalars) as self.scalars,
+                StopRequest() as self.stop,
+            ):
                 self._journal_start()
                 with WorkProgress(self.console) as self.progress:
                     self.progress.begin("training", self.state.iteration, self.total)
                     return self._work()
-        except OSError as error:
+        except (OSError, PeerLost) as error:
             raise TrainingError(f"{error}; {self._what_is_good()}") from error
 
     def _work(self) -> Outcome:
@@ -107,20 +120,24 @@ class Run:
                 if self._owes_validation:
                     is_milestone = self._validate()
                 else:
-                    self._step(next(batches))
+                    self._step([next(batches) for _ in range(self.config.run.accumulate)])
                     is_milestone = self.state.iteration % self.config.run.checkpoint_every == 0
-                if is_milestone or self.stop:
+                must_stop = self.processes.any(bool(self.stop))
+                if is_milestone or must_stop:
                     self._save(LAST)
-                if self.stop and not self._is_finished:
+                if must_stop and not self._is_finished:
                     return Outcome(False, replace(self.state), self._stopped_sentence())
-        return Outcome(True, replace(self.state), self._finished_sentence())
+        state = self.state
+        best = {"best_miou": state.best_miou, "best_iteration": state.best_iteration}
+        self._record("finished", **best, peak_memory_mb=peak_memory_mb(self.device))
+        return Outcome(True, replace(state), self._finished_sentence())
 
     def _batches(self) -> Generator[DeviceBatch, None, None]:
         data, task = self.config.data, self.parts.task
         keys = training_keys(
             task.training, data.batch, seed=self.config.run.seed, start=self.state.iteration, stop=self.total
         )
-        return task.load(keys, data.workers)
+        return task.load((own for step in keys for own in self.stepper.own_keys(step)), data.workers)
 
     @property
     def _is_finished(self) -> bool:
@@ -138,44 +155,34 @@ class Run:
         interval = rule.every_iterations or (rule.every_epochs or 0.0) * self.steps_per_epoch
         return iteration == self.total or iteration // interval > (iteration - 1) // interval
 
-    def _step(self, batch: DeviceBatch) -> None:
+    def _step(self, batches: list[DeviceBatch]) -> None:
         started_s = time.perf_counter()
-        iteration = self.state.iteration
-        decay = factor(self.config.schedule.name, iteration, self.total)
-        rates = {name: decay * rate for name, rate in self.base_rates.items()}
-        for group in self.optimiser.param_groups:
-            group["lr"] = rates[group["name"]]
-        batch = batch.to(self.device)
-        self.method.train()
-        self.optimiser.zero_grad(set_to_none=True)
-        with _randomness_of_step(self.config.run.seed, iteration, self.device):
-            with arithmetic(self.config.run.precision, self.device):
-                losses = self.parts.task.losses(self.method, batch)
-            losses.total.backward()
-        loss_value, gradient_norm = losses.total.item(), self._gradient_norm()
-        self._require_finite(loss_value, gradient_norm)
-        self.optimiser.step()
+        done = self.stepper.step(batches, self.state.iteration, self.total)
+        self._overflows = 0 if done.is_taken else self._overflows + 1
+        self._require_finite(done.loss, done.gradient_norm)
         self.state.iteration += 1
         step_ms = (time.perf_counter() - started_s) * 1000.0
-        self.journal.write(
+        self._record(
             "step",
-            self.state.iteration,
-            loss=loss_value,
-            parts={name: part.item() for name, part in losses.parts.items()},
-            gradient_norm=gradient_norm,
-            rates=rates,
+            loss=done.loss,
+            parts=done.parts,
+            # JSON has no infinity
+            gradient_norm=done.gradient_norm if done.is_taken else None,
+            rates=done.rates,
             step_ms=round(step_ms, 1),
         )
-        shown = [f"loss {loss_value:.4f}", *(f"rate of {name} {rate:.3g}" for name, rate in rates.items())]
-        self.progress.show(
-            "training", self.state.iteration, self.total, "  ".join([*shown, f"{step_ms:.0f} ms a step"])
-        )
-
-    def _gradient_norm(self) -> float:
-        gradients = [p.grad for group in self.parts.groups for p in group["params"] if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        shown = [
+            f"loss {done.loss:.4f}",
+            *(f"rate of {name} {rate:.3g}" for name, rate in done.rates.items()),
+            f"{step_ms:.0f} ms a step",
+            f"{peak_memory_mb(self.device):.0f} MB",
+        ]
+        self.progress.show("training", self.state.iteration, self.total, "  ".join(shown))
 
     def _require_finite(self, loss: float, gradient_norm: float) -> None:
+        is_fp16 = self.stepper.scaler.is_enabled()
+        if is_fp16 and math.isfinite(loss) and self._overflows <= MOST_OVERFLOWS:
+            return
         for name, value in (("loss", loss), ("gradient's norm", gradient_norm)):
             if not math.isfinite(value):
                 raise TrainingError(
@@ -191,7 +198,11 @@ class Run:
         try:
             with arithmetic(self.config.run.precision, self.device):
                 found = task.judge(
-                    self.method, workers=self.config.data.workers, device=self.device, watch=self._watch_validation
+                    self.method,
+                    workers=self.config.data.workers,
+                    device=self.device,
+                    watch=self._watch_validation,
+                    processes=self.processes,
                 )
         except ValidationStopped:
             return False
@@ -201,7 +212,7 @@ class Run:
         if state.best_miou is None or found.miou > state.best_miou:
             state.best_miou, state.best_iteration, state.validations_since_best = found.miou, state.iteration, 0
         seconds = round(time.perf_counter() - started_s, 2)
-        self.journal.write("validation", state.iteration, **found.values, seconds=seconds)
+        self._record("validation", **found.values, seconds=seconds, peak_memory_mb=peak_memory_mb(self.device))
         if state.best_iteration == state.iteration:
             self._save(BEST)
         self.progress.note(
@@ -212,16 +223,26 @@ class Run:
 
     def _watch_validation(self, done: int, total: int) -> None:
         self.progress.show("validation", done, total)
-        if self.stop and done < total:
+        # several processes would have to agree at every batch: there a validation runs to its end
+        if self.stop and done < total and self.processes.size == 1:
             raise ValidationStopped
 
+    def _record(self, kind: str, **values: Any) -> None:
+        self.journal.write(kind, self.state.iteration, **values)
+        for name, value in scalars_of(kind, values):
+            self.scalars.add_scalar(name, value, self.state.iteration)
+
     def _save(self, name: str) -> None:
+        if not self.processes.is_first:
+            self._saved_iteration = self.state.iteration if name == LAST else self._saved_iteration
+            return
         self.journal.sync()
         checkpoint = Checkpoint(
             config=self.config.to_plain(),
             state=self.state,
             method=self.method.state_dict(),
-            optimiser=self.optimiser.state_dict(),
+            optimiser=self.stepper.optimiser.state_dict(),
+            scaler=self.stepper.scaler.state_dict(),
         )
         save_checkpoint(checkpoint, self.folder / name)
         if name == LAST:
@@ -236,6 +257,7 @@ class Run:
             trainable={group["name"]: sum(p.numel() for p in group["params"]) for group in self.parts.groups},
             parameters=sum(p.numel() for p in self.method.parameters()),
             device=str(self.device),
+            processes=self.processes.size,
             threads=torch.get_num_threads(),
             torch=torch.__version__,
         )
@@ -247,7 +269,7 @@ class Run:
 
     def _stopped_sentence(self) -> str:
         return (
-            f"stopped by {self.stop.signal_name} after step {self.state.iteration} of {self.total}; "
+            f"stopped by {self.stop.signal_name or 'another process'} after step {self.state.iteration} of {self.total}; "
             f"{self.folder / LAST} is complete, --resume goes on from it"
         )
 
@@ -258,13 +280,3 @@ class Run:
             f"finished after step {state.iteration}{early}; best validation mIoU {state.best_miou:.4f} "
             f"after step {state.best_iteration}, in {self.folder / BEST}"
         )
-
-
-@contextmanager
-def _randomness_of_step(seed: int, iteration: int, device: torch.device) -> Iterator[None]:
-    """Dropout draws from PyTorch's global generators: inside, those belong to (seed, iteration), and afterwards they
-    are as they were."""
-    step_seed = int(np.random.SeedSequence((seed, iteration)).generate_state(1, np.uint64)[0])
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(step_seed)
-        yield

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from svf_fast.train.label_metrics import LabelCounts, count_labels
+from svf_fast.train.label_metrics import LabelCounts, Total, count_labels
 
 _LABELS = 2  # background and the episode's class
 _LONG = 2  # a longer side of more than so many shorter ones
@@ -86,6 +87,13 @@ class FewShotMetrics:
                 merged.counts[class_id].add(part.counts[class_id])
                 merged.episodes[class_id] += part.episodes[class_id]
         return merged
+
+    def sum_over(self, total: Total) -> None:
+        """As :meth:`LabelCounts.sum_over`: the metrics of the episodes of all processes."""
+        for counts in self.counts.values():
+            counts.sum_over(total)
+        episodes = total(np.array(list(self.episodes.values()), np.int64))
+        self.episodes = dict(zip(self.episodes, episodes.tolist(), strict=True))
 
     @property
     def total(self) -> LabelCounts:

@@ -39,6 +39,24 @@ class Journal:
         self._file.close()
 
 
+class SilentJournal(Journal):
+    """Of a process that leaves writing to another one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, kind: str, iteration: int, **values: Any) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
     """The complete lines of a log; a last line cut short by a crash is left out, a missing file is an empty log."""
     path = Path(path)
@@ -49,5 +67,7 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_before(line: dict[str, Any], state: RunState) -> bool:
+    if line["kind"] == "finished":
+        return False  # a finished run that is resumed says so once more
     reached = state.validated if line["kind"] == "validation" else state.iteration
     return line["iteration"] <= reached

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from svf_fast.train.data import VOID
+
+Total = Callable[[NDArray[np.int64]], NDArray[np.int64]]  # sums over processes
 
 EPSILON = 1e-10  # in the field's denominators: a label that was never met has IoU 0
 _BYTES = 256
@@ -25,6 +29,10 @@ class LabelCounts:
         self.intersection += other.intersection
         self.union += other.union
         self.target += other.target
+
+    def sum_over(self, total: Total) -> None:
+        """Replace every count by its sum over processes, which ``total`` makes."""
+        self.intersection, self.union, self.target = total(np.stack([self.intersection, self.union, self.target]))
 
     @property
     def iou(self) -> NDArray[np.float64]:

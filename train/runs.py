@@ -16,6 +16,7 @@ from svf_fast.train.assembly import (
     build_model,
     choose_device,
     fold_in,
+    seen_classes_sampler,
     training_sampler,
     validation_sampler,
 )
@@ -31,10 +32,12 @@ from svf_fast.train.config import (
     config_from_plain,
 )
 from svf_fast.train.data.split import Split
-from svf_fast.train.engine import LAST, LOG, Outcome, Parts, Run
+from svf_fast.train.distributed import PeerLost, Processes, joined, launched_local_rank
+from svf_fast.train.engine import LAST, LOG, Outcome, Parts, Run, TrainingError
 from svf_fast.train.files import write_atomically
+from svf_fast.train.scalars import require_tensorboard
 from svf_fast.train.schema import flatten
-from svf_fast.train.tasks import EpisodeTask
+from svf_fast.train.tasks import EpisodeTask, SeenClasses
 from svf_fast.train.validation import EpisodePlan
 
 # What may differ between a run and its resumption: places, speed, and what is read at the start only.
@@ -43,6 +46,9 @@ FREE_ON_RESUME = (
     "run.device",
     "run.threads",
     "run.checkpoint_every",
+    "run.accumulate",
+    "run.compile",
+    "run.tensorboard",
     "data.root",
     "data.workers",
     "data.cache_mb",
@@ -56,10 +62,20 @@ def train(config: Config | BaseConfig, *, resume: bool, console: Console) -> Out
     """Run ``config`` in its ``run.dir`` to the end, or until a signal. With ``resume`` it goes on from the folder's
     last checkpoint, or begins if there is none yet.
 
+    Under ``torchrun`` its processes share every step and every validation, and only the first one writes.
+
     Raises FileNotFoundError or a ValueError (ConfigError, CheckpointError and others), before the first step, when
     something is wrong with what the user gave; TrainingError when the run itself fails.
     """
-    return _build_run(with_absolute_places(config), resume=resume, console=console).train()
+    config = with_absolute_places(config)
+    with joined(prepare_device(config).type) as processes:
+        quiet = console if processes.is_first else Console(quiet=True)
+        mistakes = (ValueError, OSError)
+        try:
+            run = processes.agreed(lambda: _build_run(config, processes, resume=resume, console=quiet), mistakes)
+        except PeerLost as error:
+            raise TrainingError(str(error)) from error
+        return run.train()
 
 
 def config_of(checkpoint: Checkpoint, path: str | Path, schema: type[Stage]) -> Stage:
@@ -79,7 +95,7 @@ def prepare_device(config: StageConfig) -> torch.device:
     """The device that ``config`` asks for; PyTorch uses its number of threads from here on."""
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    return choose_device(config.run.device)
+    return choose_device(config.run.device, local_rank=launched_local_rank())
 
 
 def with_absolute_places(config: Stage) -> Stage:
@@ -110,7 +126,9 @@ def episode_plan(config: Config, seed: int) -> EpisodePlan:
     return EpisodePlan(rule.episodes, seed, rule.order, rule.batch)
 
 
-def _build_run(config: Config | BaseConfig, *, resume: bool, console: Console) -> Run:
+def _build_run(config: Config | BaseConfig, processes: Processes, *, resume: bool, console: Console) -> Run:
+    if config.run.tensorboard:
+        require_tensorboard()
     folder = _run_folder(config, resume=resume)
     checkpoint = load_checkpoint(folder / LAST) if (folder / LAST).is_file() else None
     if checkpoint is not None:
@@ -123,7 +141,7 @@ def _build_run(config: Config | BaseConfig, *, resume: bool, console: Console) -
         parts, splits = _few_shot_parts(config, pretrained=is_new, console=console)
     else:
         parts, splits = _base_learner_parts(config, pretrained=is_new, console=console)
-    run = Run(config, parts, folder, device=device, console=console)
+    run = Run(config, parts, folder, device=device, console=console, processes=processes)
     data = data_digest(*splits)
     if checkpoint is not None:
         if checkpoint.state.data != data:
@@ -138,6 +156,8 @@ def _build_run(config: Config | BaseConfig, *, resume: bool, console: Console) -
         if config.backbone.weights is None and not (isinstance(config, Config) and config.method.takes_base_learner):
             line = "backbone.weights is not set: the backbone starts from random weights"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not processes.is_first:
+        return run
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.to_plain(), sort_keys=False)
     write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
@@ -153,7 +173,12 @@ def _few_shot_parts(config: Config, *, pretrained: bool, console: Console) -> tu
     validation = validation_sampler(config, seed=config.validation.seed, console=console)
     model = build_model(config, pretrained=pretrained)
     plan = episode_plan(config, config.validation.seed)
-    task = EpisodeTask(training, validation, dict(validation.split.class_names), plan)
+    seen = None
+    if config.validation.training_episodes:
+        seen_plan = replace(plan, episodes=config.validation.training_episodes)
+        seen_sampler = seen_classes_sampler(config, training)
+        seen = SeenClasses(seen_sampler, seen_sampler.split.class_ids, seen_plan)
+    task = EpisodeTask(training, validation, dict(validation.split.class_names), plan, seen)
     return Parts(model.method, model.groups, task), [training.split, validation.split]
 
 

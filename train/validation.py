@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from svf_fast.train.batches import EpisodeSource, in_batches, load_ahead
 from svf_fast.train.data.episodes import EpisodeBatch, Order, collate
+from svf_fast.train.distributed import ALONE, Processes
 from svf_fast.train.evaluation import FewShotMetrics, logits_at_original_size
-from svf_fast.train.label_metrics import BaseMetrics
+from svf_fast.train.label_metrics import BaseMetrics, Total
 from svf_fast.train.methods import BAM
 
 # of BAM's test script: five whole numbers below 1000 from NumPy's legacy generator under seed 123
@@ -78,6 +79,10 @@ class _Branches:
             self.base.update(prediction, base_label)
         return found.final
 
+    def sum_over(self, total: Total) -> None:
+        self.meta.sum_over(total)
+        self.base.counts.sum_over(total)
+
     @property
     def scores(self) -> BranchScores:
         return BranchScores(self.meta.miou, self.meta.fb_iou, self.base.miou_of_met)
@@ -111,16 +116,18 @@ def validate(
     workers: int,
     device: torch.device,
     watch: Callable[[int, int], None],
+    processes: Processes = ALONE,
 ) -> Scores:
     """mIoU and FB-IoU over the episodes of ``plan``; the method comes back in the mode it was in.
 
     A batch shares the forward alone: each query is scored at its own original size, so that the counts are those of one
     episode at a time, up to the forward's rounding. After every batch ``watch`` is told how many episodes of how many
-    are done; what it raises ends the validation.
+    are done; what it raises ends the validation. Several ``processes`` divide the batches; each gets the same scores, from
+    exactly the counts that one process would have.
     """
     metrics = FewShotMetrics(class_ids)
     branches = _Branches(method, class_ids) if isinstance(method, BAM) else None
-    keys = in_batches(source.validation_indices(plan.episodes, plan.seed, plan.order), plan.batch)
+    keys = processes.share(in_batches(source.validation_indices(plan.episodes, plan.seed, plan.order), plan.batch))
     done = 0
     with evaluating(method), closing(load_ahead(source.episode, collate, keys, workers=workers)) as batches:
         for batch in batches:
@@ -132,7 +139,10 @@ def validate(
             for logit, label, class_id in zip(logits, batch.original_labels, batch.class_ids, strict=True):
                 metrics.update(logit, label, class_id)
             done += len(batch)
-            watch(done, plan.episodes)
+            watch(min(done * processes.size, plan.episodes), plan.episodes)
+    metrics.sum_over(processes.total)
+    if branches is not None:
+        branches.sum_over(processes.total)
     branch_scores = None if branches is None else branches.scores
     return Scores(
         miou=metrics.miou,

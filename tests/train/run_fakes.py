@@ -132,8 +132,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
     """Every run gets a SIGTERM when that many steps are done."""
     step = Run._step
 
-    def step_and_signal(run: Run, batch: DeviceBatch) -> None:
-        step(run, batch)
+    def step_and_signal(run: Run, batches: list[DeviceBatch]) -> None:
+        step(run, batches)
         if run.state.iteration == iteration:
             signal.raise_signal(signal.SIGTERM)
 

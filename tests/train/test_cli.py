@@ -61,7 +61,7 @@ def test_train_then_eval(tmp_path: Path, pictures: Path, capsys: pytest.CaptureF
     # the checkpoint alone gives back the scores of the run's own validation, of the model and not of a fresh one
     (tmp_path / "elsewhere").mkdir()
     moved = (folder / "last.pt").rename(tmp_path / "elsewhere" / "model.pt")
-    validation = read_journal(folder / "log.jsonl")[-1]
+    validation = read_journal(folder / "log.jsonl")[-2]
     assert main(["eval", str(moved)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{moved}: after step 6, 4 episodes, in %"
@@ -87,7 +87,7 @@ def test_validation_in_training_follows_its_settings_as_eval_does(tmp_path: Path
     assert main(arguments(pictures, tmp_path / "run", *settings)) == 0
     assert main(["eval", str(tmp_path / "run" / "last.pt"), "--out", str(tmp_path / "scores.json")]) == 0
     sheet = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
-    validation = read_journal(tmp_path / "run" / "log.jsonl")[-1]
+    validation = read_journal(tmp_path / "run" / "log.jsonl")[-2]
     assert sheet["mean"]["figures"] == {key: validation[key] for key in ("miou", "fb_iou", "foreground_iou")}
     # the list's first four pictures are of class 1
     assert [row["episodes"] for row in sheet["per_seed"][0]["classes"]] == [4, 0, 0, 0, 0]

@@ -73,9 +73,10 @@ def require_same_ending(folder: Path, expected: Path) -> None:
 
 
 def told(folder: Path) -> list[dict[str, object]]:
-    """The log without clocks and beginnings."""
+    """The log without what was measured and without beginnings."""
     lines = [line for line in read_journal(folder / LOG) if line["kind"] != "start"]
-    return [{key: value for key, value in line.items() if key not in ("step_ms", "seconds")} for line in lines]
+    measured = ("step_ms", "seconds", "peak_memory_mb")
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from svf_fast.train.methods.dropout import Dropout2d
+
 
 def resize(features: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear with aligned corners, as everywhere in PFENet and BAM; the tensor itself when it has that size."""
@@ -110,7 +112,7 @@ def classifier(channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),
         # before the ReLU it is the same function, its factors not being negative, and one map less is kept
-        nn.Dropout2d(0.1, inplace=True),
+        Dropout2d(0.1, inplace=True),
         nn.ReLU(inplace=True),
         nn.Conv2d(channels, 2, 1),
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from svf_fast.train.backbones import Backbone
+from svf_fast.train.methods.dropout import Dropout2d
 from svf_fast.train.methods.layers import ConcatConvReLU, masked_average, resize, support_mask
 from svf_fast.train.methods.losses import Losses, TrainingBatch
 from svf_fast.train.methods.prior import CosineForm, prior_mask
@@ -93,7 +94,7 @@ class MetaLearner(nn.Module, ABC):
         self.cosine = cosine
         self.bn_mode = bn_mode
         self.prior_masking = prior_masking
-        self.middle_dropout = nn.Dropout2d(0.5, inplace=True)
+        self.middle_dropout = Dropout2d(0.5, inplace=True)
         # name of the tuning strategy that has been applied
         self.tuned_by: str | None = None
 
@@ -157,7 +158,7 @@ class MetaLearner(nn.Module, ABC):
             prototypes, priors, *others = self._shots(images, masks, query.high)
         # Dropout2d drops whole channels, so dropping them before or after the pooling is the same function; after it,
         # the draw is one for all supports whichever way they were computed, and outside anything that is recomputed
-        dropped = self.middle_dropout(prototypes.flatten(0, 1)).view_as(prototypes)
+        dropped = self.middle_dropout(prototypes.flatten(0, 1), len(prototypes)).view_as(prototypes)
         return Shots(dropped, priors, tuple(others))
 
     def describe(self, support: Features, mask: Tensor, query_high: Tensor) -> tuple[Tensor, ...]:

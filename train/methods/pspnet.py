@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from svf_fast.train.backbones import Backbone
 from svf_fast.train.backbones.weights import load_backbone_state, state_of
+from svf_fast.train.methods.dropout import Dropout2d
 from svf_fast.train.methods.layers import convolve_parts, resize
 from svf_fast.train.methods.losses import Losses, segmentation_loss
 from svf_fast.train.seeding import seeded_initialisation
@@ -79,7 +80,7 @@ class PyramidClassifier(nn.Sequential):
             nn.Conv2d(2 * channels, CLASSIFIER_WIDTH, 3, padding=1, bias=False),
             nn.BatchNorm2d(CLASSIFIER_WIDTH),
             # before the ReLU it is the same function, its factors not being negative, and one map less is kept
-            nn.Dropout2d(0.1, inplace=True),
+            Dropout2d(0.1, inplace=True),
             nn.ReLU(inplace=True),
             nn.Conv2d(CLASSIFIER_WIDTH, classes + 1, 1),
         )
