@@ -1,4 +1,5 @@
-"""The command line: ``svf-fast demo | prepare | train-base | train | eval | summary``. Turns arguments into calls and errors into one line;
+"""The command line: ``svf-fast demo | prepare | config | train-base | train | eval | summary``.
+Turns arguments into calls and errors into one line;
 decides nothing else. Exit status 0 on success, 2 when the user has to change something, 1 when a run fails or is
 stopped."""
 
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 import torch
+import yaml
 from rich.console import Console
 from torch import nn
 
 import svf_fast
 from svf_fast.train.assembly import base_rates, build_model
 from svf_fast.train.backbones import build_backbone
-from svf_fast.train.config import load_base_config, load_config, shipped_configs
+from svf_fast.train.composition import shipped, shipped_configs
+from svf_fast.train.config import StageConfig, WrongStageError, load_base_config, load_config
 from svf_fast.train.distributed import launched_rank
 from svf_fast.train.engine import TrainingError
 from svf_fast.train.judging import Evaluation, GeneralisedEvaluation, evaluate, evaluate_generalised
@@ -25,6 +28,7 @@ from svf_fast.train.methods.bam import GeneralisedRule
 from svf_fast.train.prepare.command import add_prepare
 from svf_fast.train.runs import train
 from svf_fast.train.score_sheet import require_place, score_sheet, score_table, write_score_sheet
+from svf_fast.train.two_stages import load_two_stages, train_two_stages
 from svf_fast.train.validation import FIVE_SEEDS
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -90,7 +94,7 @@ def _tell(sentence: str) -> None:
 def _parser() -> _Parser:
     parser = _Parser(prog="svf-fast", description="Singular value fine-tuning in few-shot segmentation.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    shipped = f"a YAML file, or one of: {', '.join(shipped_configs())}"
+    shipped = f"a YAML file, parts joined with + (see svf-fast config), or one of: {', '.join(shipped_configs())}"
 
     demo = commands.add_parser("demo", help="the embedded end-to-end run: no downloads, a CPU is enough")
     demo.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/demo"), help="default: runs/demo")
@@ -98,9 +102,16 @@ def _parser() -> _Parser:
     demo.set_defaults(run=_demo, takes_overrides=False)
 
     training = commands.add_parser(
-        "train", help="one training run", usage="svf-fast train CONFIG [key=value ...] [--resume]"
+        "train",
+        help="one training run",
+        usage="svf-fast train CONFIG [key=value ...] [--base-learner CONFIG [base.key=value ...]] [--resume]",
     )
     training.add_argument("config", metavar="CONFIG", help=shipped)
+    training.add_argument(
+        "--base-learner",
+        metavar="CONFIG",
+        help="train the base learner of this configuration first, in run.dir/base_learner, unless it is there",
+    )
     training.add_argument("--resume", action="store_true", help="go on with the run in run.dir; begin it if it is new")
     training.set_defaults(run=_train, takes_overrides=True)
 
@@ -141,6 +152,14 @@ def _parser() -> _Parser:
 
     add_prepare(commands)
 
+    resolved = commands.add_parser(
+        "config",
+        help="a configuration as it resolves; alone, the shipped ones and the parts",
+        usage="svf-fast config [CONFIG] [key=value ...]",
+    )
+    resolved.add_argument("config", metavar="CONFIG", nargs="?", help=shipped)
+    resolved.set_defaults(run=_config, takes_overrides=True)
+
     summary = commands.add_parser(
         "summary",
         help="the model of a configuration and what of it trains",
@@ -164,7 +183,11 @@ def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
-    outcome = train(load_config(options.config, overrides), resume=options.resume, console=Console())
+    if options.base_learner is None:
+        outcome = train(load_config(options.config, overrides), resume=options.resume, console=Console())
+    else:
+        stages = load_two_stages(options.config, options.base_learner, overrides)
+        outcome = train_two_stages(*stages, resume=options.resume, console=Console())
     _tell(outcome.sentence)
     return 0 if outcome.is_finished else 1
 
@@ -198,6 +221,22 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     print(score_table(sheet), flush=True)
     if options.out is not None:
         write_score_sheet(options.out, sheet)
+    return 0
+
+
+def _config(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.config is None:
+        for file, entries in shipped().items():
+            print(f"{file}:")
+            width = max(map(len, entries))
+            print(*(f"  {entry.name:<{width}}  {entry.about}" for entry in entries.values()), sep="\n")
+        print("Any of them can be joined with +, later ones win: svf-fast config pascal+resnet50+pfenet+frozen")
+        return 0
+    try:
+        config: StageConfig = load_config(options.config, overrides)
+    except WrongStageError:
+        config = load_base_config(options.config, overrides)
+    print(yaml.safe_dump(config.to_plain(), sort_keys=False, default_flow_style=None, width=120), end="")
     return 0
 
 

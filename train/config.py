@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import yaml
-
 from svf_fast.train.backbones import BackboneConfig
+from svf_fast.train.composition import layers_of, merged
 from svf_fast.train.data.episodes import Order
 from svf_fast.train.data.folds import FOLD_RULES
 from svf_fast.train.data.transforms import CropKeep
@@ -19,13 +18,15 @@ from svf_fast.train.schedule import Schedule
 from svf_fast.train.schema import (
     ConfigError,
     PlainData,
+    flatten,
     from_plain,
-    nearest,
+    leaf_hints,
     override,
     require,
     require_one_of,
     require_rate,
     to_plain,
+    unknown_key,
 )
 from svf_fast.train.tuning import (
     Kernel,
@@ -44,16 +45,20 @@ __all__ = [
     "Config",
     "ConfigError",
     "MethodConfig",
+    "StageConfig",
+    "WrongStageError",
     "config_from_plain",
     "load_base_config",
     "load_config",
-    "shipped_configs",
 ]
 
 Stage = TypeVar("Stage", bound="StageConfig")
 
 MOST_EPISODES = 1_000_000  # a validation: their keys are made at once
-SHIPPED_FOLDER = Path(__file__).resolve().parent / "configs"
+
+
+class WrongStageError(ConfigError):
+    """A base learner's configuration where a few-shot method's was expected, or the other way round."""
 
 
 @dataclass(frozen=True)
@@ -313,8 +318,8 @@ class BaseConfig(StageConfig):
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A few-shot run's configuration from a YAML file or the bare name of a shipped one, with ``section.key=value``
-    overrides on top.
+    """A few-shot run's configuration from a YAML file, the bare name of a shipped one, or several names joined with ``+``
+    (composition.py), with ``section.key=value`` overrides on top.
 
     Raises FileNotFoundError when there is no such file, ConfigError (one sentence that names the key) on anything wrong
     in it.
@@ -347,34 +352,19 @@ def config_from_plain(
     return from_plain(schema, merged)
 
 
-def shipped_configs() -> list[str]:
-    """Names that :func:`load_config` takes without a path."""
-    return sorted(path.stem for path in SHIPPED_FOLDER.glob("*.yaml"))
-
-
 def _read(name: str | Path, schema: type[StageConfig]) -> PlainData:
-    path = _find(str(name))
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds no sections; expected {', '.join(f.name for f in fields(schema))}")
+    layers = layers_of(name)
+    known = sorted({key for kind in (Config, BaseConfig) for key, _ in leaf_hints(kind)})
+    sections = {key.partition(".")[0] for key in known}
+    for layer in layers:
+        for key in flatten(layer.sections):
+            # a section that is none is for the schema to judge
+            if key not in known and key not in sections:
+                raise ConfigError(f"{layer.origin}: {unknown_key(key, known)}")
+    data = merged(layers)
     method = data.get("method")
     named = method.get("name") if isinstance(method, dict) else None
     command = "train-base" if named == BASE_LEARNER else "train"
     if named is not None and (command == "train-base") != issubclass(schema, BaseConfig):
-        raise ConfigError(f"{path} is a configuration for svf-fast {command}: its method.name is {named!r}")
+        raise WrongStageError(f"{name} is a configuration for svf-fast {command}: its method.name is {named!r}")
     return data
-
-
-def _find(name: str) -> Path:
-    path = Path(name)
-    if path.is_file():
-        return path
-    known = shipped_configs()
-    if name in known:
-        return SHIPPED_FOLDER / f"{name}.yaml"
-    suggestion = nearest(name, known)
-    hint = f"did you mean {suggestion}?" if suggestion else f"shipped ones are {', '.join(known)}"
-    raise FileNotFoundError(f"no configuration file {name}, and no shipped one of that name: {hint}")

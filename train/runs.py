@@ -129,7 +129,7 @@ def episode_plan(config: Config, seed: int) -> EpisodePlan:
 def _build_run(config: Config | BaseConfig, processes: Processes, *, resume: bool, console: Console) -> Run:
     if config.run.tensorboard:
         require_tensorboard()
-    folder = _run_folder(config, resume=resume)
+    folder = require_run_folder(config, resume=resume)
     checkpoint = load_checkpoint(folder / LAST) if (folder / LAST).is_file() else None
     if checkpoint is not None:
         _require_same_run(config, checkpoint, folder / LAST)
@@ -191,7 +191,8 @@ def _base_learner_parts(config: BaseConfig, *, pretrained: bool, console: Consol
     return Parts(learner, groups, task), [training.split, validation.split]
 
 
-def _run_folder(config: StageConfig, *, resume: bool) -> Path:
+def require_run_folder(config: StageConfig, *, resume: bool) -> Path:
+    """``run.dir``; ConfigError where it is not set, a file, or without ``resume`` holds a run already."""
     if config.run.dir is None:
         raise ConfigError("run.dir is not set: give the run's folder in the file or as run.dir=...")
     folder = Path(config.run.dir)

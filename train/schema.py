@@ -30,7 +30,7 @@ def from_plain(schema: type[Section], data: object, key: str = "") -> Section:
     known = _hints(schema)
     for name in data:
         if name not in known:
-            raise ConfigError(_unknown(_join(key, str(name)), [_join(key, other) for other in known]))
+            raise ConfigError(unknown_key(_join(key, str(name)), [_join(key, other) for other in known]))
     values: PlainData = {}
     for field in fields(schema):  # type: ignore[arg-type]
         where = _join(key, field.name)
@@ -79,7 +79,7 @@ def override(schema: type, data: PlainData, assignment: str) -> None:
     if below:
         raise ConfigError(f"{key} is a section, not a key: it has {', '.join(below)}")
     if key not in hints:
-        raise ConfigError(_unknown(key, list(hints)))
+        raise ConfigError(unknown_key(key, list(hints)))
     *sections, name = key.split(".")
     for section in sections:
         # an empty section in a file is None
@@ -141,7 +141,8 @@ def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def _unknown(key: str, known: list[str]) -> str:
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """The sentence about a key that nothing knows, with the nearest one that is."""
     suggestion = nearest(key, known)
     hint = f"did you mean {suggestion}?" if suggestion else f"expected one of {', '.join(known)}"
     return f"unknown key {key}: {hint}"
