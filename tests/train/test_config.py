@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from svf_fast.train.composition import shipped_configs
 from svf_fast.train.config import (
     BaseConfig,
     ConfigError,
@@ -15,7 +16,6 @@ from svf_fast.train.config import (
     config_from_plain,
     load_base_config,
     load_config,
-    shipped_configs,
 )
 
 BASE = "pascal_base_resnet50"
