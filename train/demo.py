@@ -12,7 +12,6 @@ from time import perf_counter
 from typing import Any
 
 from rich.console import Console
-from safetensors.torch import save
 
 from svf_fast.train import demo_measures as measures
 from svf_fast.train.backbones import BackboneConfig
@@ -27,16 +26,17 @@ from svf_fast.train.config import (
     TuningConfig,
     ValidationConfig,
 )
-from svf_fast.train.data.folds import fold_of
-from svf_fast.train.data.shapes5i import generate
 from svf_fast.train.demo_results import DemoResults
+from svf_fast.train.engine import LAST
 from svf_fast.train.files import write_atomically
-from svf_fast.train.pretrain import PretrainConfig, pretrain
-from svf_fast.train.progress import WorkProgress
+from svf_fast.train.pretrain import PretrainConfig
 from svf_fast.train.provenance import describe_machine
 from svf_fast.train.report import write_report
+from svf_fast.train.run_measures import example_rows, trained_method
 from svf_fast.train.runs import train
 from svf_fast.train.schema import flatten
+from svf_fast.train.shapes_backbone import Pretraining, draw_shapes, pretrained_backbone
+from svf_fast.train.spectra import most_moved, top_spectra
 
 STRATEGIES = ("freeze", "full", "svf")
 NOTES = (
@@ -90,17 +90,10 @@ def run_demo(
     settings = settings or DemoSettings(seed=seed, pretraining=PretrainConfig(seed=seed))
     _claim(output, settings)
     data = output / "shapes5i"
-    with _timed(console, "data"), WorkProgress(console) as progress:
-        progress.begin("drawing", 0, settings.images)
-        generate(
-            data,
-            seed=settings.seed,
-            images=settings.images,
-            size=settings.picture_size,
-            on_picture=lambda done, total: progress.show("drawing", done, total),
-        )
+    with _timed(console, "data"):
+        draw_shapes(data, console, seed=settings.seed, images=settings.images, size=settings.picture_size)
     with _timed(console, "pre-training"):
-        pretraining = _pretrain(output, data, settings, console)
+        pretraining = pretrained_backbone(_pretraining(output, data, settings), console)
     configs = {strategy: _run_config(output, data, settings, strategy) for strategy in STRATEGIES}
     for strategy, config in configs.items():
         console.print(f"meta-training, backbone: {strategy}", highlight=False)
@@ -136,32 +129,14 @@ def _claim(output: Path, settings: DemoSettings) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(wanted, indent=2) + "\n").encode()))
 
 
-def _pretrain(output: Path, data: Path, settings: DemoSettings, console: Console) -> dict[str, Any]:
-    """Pre-train unless it is done, and return what is to be told about it."""
-    weights, facts = output / "backbone.safetensors", output / "pretraining.json"
-    if weights.is_file() and facts.is_file():
-        known: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
-        return known
-    started_s = perf_counter()
-    with WorkProgress(console) as progress:
-        progress.begin("pre-training", 0, settings.pretraining.steps)
-        done = pretrain(
-            data,
-            data / "lists" / f"fold{settings.fold}_train.txt",
-            fold_of("pascal", settings.fold).base,
-            _backbone(settings),
-            settings.pretraining,
-            on_step=lambda step, steps, loss: progress.show("pre-training", step, steps, f"loss {loss:.3f}"),
-        )
-    told = {
-        "base-class crops": done.crops,
-        "steps × crops": f"{settings.pretraining.steps} × {settings.pretraining.batch}",
-        "accuracy on crops held out": f"{100 * done.held_out_accuracy:.1f} % of {done.held_out_crops} (15 classes and ground)",
-        "seconds": round(perf_counter() - started_s, 1),
-    }
-    write_atomically(weights, lambda file: file.write(save(done.backbone)))
-    write_atomically(facts, lambda file: file.write((json.dumps(told, indent=2) + "\n").encode()))
-    return told
+def _pretraining(output: Path, data: Path, settings: DemoSettings) -> Pretraining:
+    return Pretraining(
+        data=str(data),
+        weights=str(output / "backbone.safetensors"),
+        fold=settings.fold,
+        backbone=_backbone(settings),
+        settings=settings.pretraining,
+    )
 
 
 def _backbone(settings: DemoSettings) -> BackboneConfig:
@@ -199,13 +174,13 @@ def _run_config(output: Path, data: Path, settings: DemoSettings, strategy: str)
 def _measure(
     output: Path, configs: dict[str, Config], settings: DemoSettings, pretraining: dict[str, Any]
 ) -> DemoResults:
-    methods = {strategy: measures.tuned_method(config, output / strategy) for strategy, config in configs.items()}
+    methods = {strategy: trained_method(config, output / strategy / LAST) for strategy, config in configs.items()}
     strategies = [measures.measure_run(config, output / strategy) for strategy, config in configs.items()]
     return DemoResults(
         strategies=strategies,
         algorithm1_kept_bytes=measures.algorithm1_kept_bytes(configs["svf"]),
-        spectra=measures.top_spectra(methods["svf"]),
-        moved=measures.most_moved(methods["svf"]),
+        spectra=top_spectra(methods["svf"]),
+        moved=most_moved(methods["svf"]),
         seed=settings.seed,
         class_names=list(strategies[0].final.class_iou),
         validation_episodes=settings.validation_episodes,
@@ -213,7 +188,7 @@ def _measure(
         machine=describe_machine(),
         pretraining=pretraining,
         notes=list(NOTES),
-        examples=measures.example_rows(configs["svf"], methods, rows=5),
+        examples=example_rows(configs["svf"], methods, rows=5),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svf_fast.train.figures import PredictionRow
+from svf_fast.train.spectra import MovedValue, Spectrum
 
 
 @dataclass(frozen=True)
@@ -42,31 +43,6 @@ class StrategyResult:
     @property
     def best(self) -> ValidationPoint:
         return max(self.curve, key=lambda point: point.miou)
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Singular values of one convolution, largest first, before tuning and after, in the order they had before."""
-
-    layer: str
-    kernel: str  # such as "3×3"
-    before: list[float]
-    after: list[float]
-
-
-@dataclass(frozen=True)
-class MovedValue:
-    """A singular value that tuning moved: which one (1 is the largest), from where to where."""
-
-    layer: str
-    rank: int
-    before: float
-    after: float
-
-    @property
-    def change(self) -> float:
-        """Relative to the value before; -0.1 is a tenth less."""
-        return (self.after - self.before) / self.before
 
 
 @dataclass(frozen=True)

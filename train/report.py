@@ -6,18 +6,25 @@ from __future__ import annotations
 import base64
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from svf_fast.train.demo_results import DemoResults
-from svf_fast.train.figures import Curve, curves, predictions, spectrum
+from svf_fast.train.figures import Curve, curves, png_bytes, predictions, spectrum
 from svf_fast.train.files import write_atomically
+from svf_fast.train.html_page import bullets, facts, page, section, table
 
 _MIB = 2**20
 _LOSS_WINDOW = 20  # steps that a point of the loss curve is the mean of
+_LEAD = (
+    "The SVF paper's baseline method, one-shot, meta-trained three times from the same start: backbone frozen, fully tuned, and with only "
+    "its singular values tuned. A small run on drawn pictures that shows the whole path; it is no evidence about photographs."
+)
 
 
 def write_report(results: DemoResults, folder: Path) -> Path:
@@ -36,18 +43,18 @@ def render(results: DemoResults) -> str:
         if not strategy.curve:
             raise ValueError(f"strategies: {strategy.name} has no validation point, expected at least one")
     sections = [
-        _section("What was measured", _scores_table(results), _reading(results)),
-        _section(
+        section("What was measured", _scores_table(results), _reading(results)),
+        section(
             "Novel-class mIoU and training loss along the way", _curve_figure(results), _caption_of_curves(results)
         ),
-        _section("IoU of each novel class at the end", _class_table(results)),
-        _section("What training costs", _cost_table(results), _cost_note(results)),
-        _section("Singular values that moved", _spectrum_figure(results), _moved_table(results)),
-        _section("Predictions", _prediction_figure(results)),
-        _section("How it was made", _list(results.notes), _facts("Pre-training", results.pretraining)),
-        _section("Settings and machine", _facts("Settings", results.settings), _facts("Machine", results.machine)),
+        section("IoU of each novel class at the end", _class_table(results)),
+        section("What training costs", _cost_table(results), _cost_note(results)),
+        section("Singular values that moved", _spectrum_figure(results), _moved_table(results)),
+        section("Predictions", _prediction_figure(results)),
+        section("How it was made", bullets(results.notes), facts("Pre-training", results.pretraining)),
+        section("Settings and machine", facts("Settings", results.settings), facts("Machine", results.machine)),
     ]
-    return _PAGE.replace("{{body}}", "\n".join(sections)).replace("{{seed}}", str(results.seed))
+    return page(f"svf-fast demo, seed {results.seed}", "Few-shot segmentation on Shapes-5i", _LEAD, sections)
 
 
 def _plain(results: DemoResults) -> dict[str, Any]:
@@ -78,7 +85,7 @@ def _scores_table(results: DemoResults) -> str:
         for strategy in results.strategies
     ]
     head = ["", "of the backbone trains", "final mIoU", "final FB-IoU", "best mIoU", "FB-IoU there"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _reading(results: DemoResults) -> str:
@@ -118,7 +125,7 @@ def _smoothed(losses: Sequence[float]) -> tuple[list[float], list[float]]:
 def _class_table(results: DemoResults) -> str:
     names = list(results.strategies[0].final.class_iou)
     rows = [[escape(name), *(_percent(s.final.class_iou[name]) for s in results.strategies)] for name in names]
-    return _table(["class", *(s.name for s in results.strategies)], rows)
+    return table(["class", *(s.name for s in results.strategies)], rows)
 
 
 def _cost_table(results: DemoResults) -> str:
@@ -146,7 +153,7 @@ def _cost_table(results: DemoResults) -> str:
         "ms a step (median)",
         "steps + validation, s",
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _cost_note(results: DemoResults) -> str:
@@ -192,7 +199,7 @@ def _moved_table(results: DemoResults) -> str:
         "<p>Of all converted convolutions, the singular values with the largest relative change, those below 5 % of their "
         "layer's largest left out:</p>"
     )
-    return text + _table(["convolution", "rank", "before", "after", "change"], rows)
+    return text + table(["convolution", "rank", "before", "after", "change"], rows)
 
 
 def _prediction_figure(results: DemoResults) -> str:
@@ -205,37 +212,12 @@ def _prediction_figure(results: DemoResults) -> str:
     )
 
 
-def _section(title: str, *parts: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML already; the first column is a row's heading."""
-    lines = [
-        "<div class='wide'><table><thead><tr>",
-        *(f"<th scope='col'>{cell}</th>" for cell in head),
-        "</tr></thead><tbody>",
-    ]
-    for first, *others in rows:
-        lines.append(f"<tr><th scope='row'>{first}</th>" + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>")
-    return "".join([*lines, "</tbody></table></div>"])
-
-
-def _facts(title: str, facts: dict[str, Any]) -> str:
-    items = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
-    return f"<h3>{escape(title)}</h3><dl>{items}</dl>"
-
-
-def _list(sentences: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
-
-
 def _panels(*images: str) -> str:
     return f"<div class='panels'>{''.join(images)}</div>"
 
 
-def _image(png: bytes, description: str, *, is_wide: bool = False) -> str:
-    data = base64.b64encode(png).decode("ascii")
+def _image(figure: Figure, description: str, *, is_wide: bool = False) -> str:
+    data = base64.b64encode(png_bytes(figure)).decode("ascii")
     picture = f"<img alt='{escape(description, quote=True)}' src='data:image/png;base64,{data}'>"
     return f"<div class='wide'><div class='roomy'>{picture}</div></div>" if is_wide else f"<div>{picture}</div>"
 
@@ -246,46 +228,3 @@ def _percent(fraction: float) -> str:
 
 def _rate(rate: float | None) -> str:
     return "–" if rate is None else f"{rate:.4g}"
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>svf-fast demo, seed {{seed}}</title>
-<style>
-:root { color-scheme: light; }
-body { margin: 0; background: #f5f7fa; color: #1f2933; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; margin: 1rem 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
-h3 { font-size: 1rem; margin: 1rem 0 .25rem; }
-section { background: #fff; border: 1px solid #e4e7eb; border-radius: 8px; padding: 1rem; margin: 1rem 0; }
-p { margin: .6rem 0 0; color: #3e4c59; font-size: .93rem; }
-img { max-width: 100%; height: auto; display: block; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
-.wide { overflow-x: auto; }
-.roomy { min-width: 40rem; }
-table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid #e4e7eb; vertical-align: top; }
-th { font-weight: 600; }
-thead th { color: #52606d; font-weight: 500; font-size: .85rem; }
-tr > :first-child { text-align: left; }
-small { color: #7b8794; }
-dl { display: grid; grid-template-columns: minmax(8rem, 14rem) 1fr; gap: .15rem .75rem; margin: 0; font-size: .9rem; }
-dt { color: #52606d; }
-dd { margin: 0; overflow-wrap: anywhere; }
-ul { margin: 0; padding-left: 1.2rem; font-size: .93rem; color: #3e4c59; }
-</style>
-</head>
-<body>
-<main>
-<h1>Few-shot segmentation on Shapes-5i</h1>
-<p>The SVF paper's baseline method, one-shot, meta-trained three times from the same start: backbone frozen, fully tuned, and
-with only its singular values tuned. A small run on drawn pictures that shows the whole path; it is no evidence about photographs.</p>
-{{body}}
-</main>
-</body>
-</html>
-"""

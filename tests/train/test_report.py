@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from svf_fast.train.demo_results import DemoResults, MovedValue, Spectrum, StrategyResult, ValidationPoint
+from svf_fast.train.demo_results import DemoResults, StrategyResult, ValidationPoint
 from svf_fast.train.figures import PredictionRow
 from svf_fast.train.report import render, write_report
+from svf_fast.train.spectra import MovedValue, Spectrum
 
 RNG = np.random.default_rng(0)
 
@@ -36,7 +37,9 @@ def _example() -> PredictionRow:
     picture = RNG.integers(0, 256, size=(30, 40, 3), dtype=np.uint8)
     mask = (RNG.random((30, 40)) > 0.5).astype(np.uint8)
     names = ("freeze", "full", "svf")
-    return PredictionRow("star", picture, mask, picture, mask, dict.fromkeys(names, mask), dict.fromkeys(names, 0.5))
+    return PredictionRow(
+        "star", [(picture, mask)], picture, mask, dict.fromkeys(names, mask), dict.fromkeys(names, 0.5)
+    )
 
 
 @pytest.fixture(scope="module")
