@@ -1,7 +1,6 @@
-"""The command line: ``svf-fast demo | prepare | config | train-base | train | eval | summary``.
-Turns arguments into calls and errors into one line;
-decides nothing else. Exit status 0 on success, 2 when the user has to change something, 1 when a run fails or is
-stopped."""
+"""The command line: ``svf-fast demo | prepare | config | train-base | train | eval | summary``. Turns arguments into calls
+and errors into one line; decides nothing else. Exit status 0 on success, 2 when the user has to change something, 1 when
+a run fails or is stopped."""
 
 import argparse
 import re
@@ -19,16 +18,17 @@ from torch import nn
 import svf_fast
 from svf_fast.train.assembly import base_rates, build_model
 from svf_fast.train.backbones import build_backbone
-from svf_fast.train.composition import shipped, shipped_configs
-from svf_fast.train.config import StageConfig, WrongStageError, load_base_config, load_config
-from svf_fast.train.distributed import launched_rank
+from svf_fast.train.composition import CONFIGURATIONS, shipped
+from svf_fast.train.config import load_any_config, load_base_config, load_config
+from svf_fast.train.distributed import PeerLost, ProcessError, launched_rank
 from svf_fast.train.engine import TrainingError
 from svf_fast.train.judging import Evaluation, GeneralisedEvaluation, evaluate, evaluate_generalised
 from svf_fast.train.methods.bam import GeneralisedRule
 from svf_fast.train.prepare.command import add_prepare
+from svf_fast.train.reproduce.command import add_reproduce
 from svf_fast.train.runs import train
 from svf_fast.train.score_sheet import require_place, score_sheet, score_table, write_score_sheet
-from svf_fast.train.two_stages import load_two_stages, train_two_stages
+from svf_fast.train.two_stages import BASE_PREFIX, load_two_stages, train_two_stages
 from svf_fast.train.validation import FIVE_SEEDS
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(options.run(options, overrides))
     except USERS_MISTAKES as error:
         return _fail(error, 2)
-    except (TrainingError, OSError) as error:
+    except (TrainingError, PeerLost, ProcessError, OSError) as error:
         return _fail(error, 1)
     except (torch.OutOfMemoryError, MemoryError):
         if options.command == "prepare":
@@ -80,21 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, status: int) -> int:
-    # of several processes one speaks: what stops another one reaches it
-    if launched_rank() == 0:
+    # of several processes the first one says what they all find, or were told by one of them
+    if launched_rank() == 0 or isinstance(error, ProcessError):
         print(f"svf-fast: {error}", file=sys.stderr)
     return status
 
 
 def _tell(sentence: str) -> None:
     if launched_rank() == 0:
-        print(sentence)
+        print(sentence, flush=True)
 
 
 def _parser() -> _Parser:
     parser = _Parser(prog="svf-fast", description="Singular value fine-tuning in few-shot segmentation.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    shipped = f"a YAML file, parts joined with + (see svf-fast config), or one of: {', '.join(shipped_configs())}"
+    shipped_ones = "a YAML file, a shipped name, or several joined with +: svf-fast config lists them"
 
     demo = commands.add_parser("demo", help="the embedded end-to-end run: no downloads, a CPU is enough")
     demo.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/demo"), help="default: runs/demo")
@@ -106,11 +106,11 @@ def _parser() -> _Parser:
         help="one training run",
         usage="svf-fast train CONFIG [key=value ...] [--base-learner CONFIG [base.key=value ...]] [--resume]",
     )
-    training.add_argument("config", metavar="CONFIG", help=shipped)
+    training.add_argument("config", metavar="CONFIG", help=shipped_ones)
     training.add_argument(
         "--base-learner",
         metavar="CONFIG",
-        help="train the base learner of this configuration first, in run.dir/base_learner, unless it is there",
+        help="first train a base learner by this configuration, in base_learner in run.dir; --resume leaves a finished one",
     )
     training.add_argument("--resume", action="store_true", help="go on with the run in run.dir; begin it if it is new")
     training.set_defaults(run=_train, takes_overrides=True)
@@ -120,7 +120,7 @@ def _parser() -> _Parser:
         help="BAM's first stage: a base learner for method.base_learner",
         usage="svf-fast train-base CONFIG [key=value ...] [--resume]",
     )
-    base.add_argument("config", metavar="CONFIG", help=shipped)
+    base.add_argument("config", metavar="CONFIG", help=shipped_ones)
     base.add_argument("--resume", action="store_true", help="as of train")
     base.set_defaults(run=_train_base, takes_overrides=True)
 
@@ -151,13 +151,14 @@ def _parser() -> _Parser:
     evaluation.set_defaults(run=_eval, takes_overrides=True)
 
     add_prepare(commands)
+    add_reproduce(commands)
 
     resolved = commands.add_parser(
         "config",
         help="a configuration as it resolves; alone, the shipped ones and the parts",
         usage="svf-fast config [CONFIG] [key=value ...]",
     )
-    resolved.add_argument("config", metavar="CONFIG", nargs="?", help=shipped)
+    resolved.add_argument("config", metavar="CONFIG", nargs="?", help=shipped_ones)
     resolved.set_defaults(run=_config, takes_overrides=True)
 
     summary = commands.add_parser(
@@ -165,7 +166,7 @@ def _parser() -> _Parser:
         help="the model of a configuration and what of it trains",
         usage="svf-fast summary CONFIG [key=value ...]",
     )
-    summary.add_argument("config", metavar="CONFIG", help=shipped)
+    summary.add_argument("config", metavar="CONFIG", help=shipped_ones)
     summary.set_defaults(run=_summary, takes_overrides=True)
     return parser
 
@@ -184,6 +185,9 @@ def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.base_learner is None:
+        for text in overrides:
+            if text.startswith(BASE_PREFIX):
+                raise ValueError(f"{text} is of a base learner that is trained first: add --base-learner CONFIG")
         outcome = train(load_config(options.config, overrides), resume=options.resume, console=Console())
     else:
         stages = load_two_stages(options.config, options.base_learner, overrides)
@@ -203,7 +207,7 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     overrides += [f"validation.{key}={value}" for key, value in asked.items() if value is not None]
     if options.out is not None:
         require_place(options.out)
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=launched_rank() > 0)
     evaluation: Evaluation | GeneralisedEvaluation
     if options.generalised:
         tau, rule = 0.9 if options.tau is None else options.tau, options.rule or "final"
@@ -217,27 +221,36 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
         evaluation = evaluate(options.checkpoint, overrides, seeds=options.seed, console=console)
     sheet = score_sheet(evaluation)
     iteration, episodes = evaluation.origin.iteration, evaluation.scores[0].episodes
-    print(f"{options.checkpoint}: after step {iteration}, {episodes} episodes, in %")
-    print(score_table(sheet), flush=True)
-    if options.out is not None:
+    _tell(f"{options.checkpoint}: after step {iteration}, {episodes} episodes, in %")
+    _tell(score_table(sheet))
+    if options.out is not None and launched_rank() == 0:
         write_score_sheet(options.out, sheet)
     return 0
 
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.config is None:
-        for file, entries in shipped().items():
-            print(f"{file}:")
-            width = max(map(len, entries))
-            print(*(f"  {entry.name:<{width}}  {entry.about}" for entry in entries.values()), sep="\n")
-        print("Any of them can be joined with +, later ones win: svf-fast config pascal+resnet50+pfenet+frozen")
+        if overrides:
+            raise ValueError(f"{overrides[0]} is of no use without a configuration: svf-fast config CONFIG key=value")
+        print(_listing())
         return 0
-    try:
-        config: StageConfig = load_config(options.config, overrides)
-    except WrongStageError:
-        config = load_base_config(options.config, overrides)
-    print(yaml.safe_dump(config.to_plain(), sort_keys=False, default_flow_style=None, width=120), end="")
+    config = load_any_config(options.config, overrides)
+    print(yaml.safe_dump(config.to_plain(), sort_keys=False), end="")
     return 0
+
+
+def _listing() -> str:
+    """The shipped names, each with what it is."""
+    files = shipped()
+    width = max(len(name) for entries in files.values() for name in entries)
+    lines = []
+    for file, entries in files.items():
+        whole = file == CONFIGURATIONS
+        lines.append(
+            f"{file}, to be taken by name:" if whole else f"{file}, parts to be joined with +, later ones win:"
+        )
+        lines += [f"  {name:<{width}}  {entry.about}" for name, entry in entries.items()]
+    return "\n".join(lines)
 
 
 def _summary(options: argparse.Namespace, overrides: list[str]) -> int:

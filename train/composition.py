@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import yaml
 
 from svf_fast.train.schema import ConfigError, PlainData, nearest
 
 SHIPPED_FOLDER = Path(__file__).resolve().parent / "configs"
-CONFIGURATIONS = "configurations"  # the one shipped file whose entries are whole; those of the others are parts
+CONFIGURATIONS = "configurations"  # the shipped file whose entries are whole
+PART_FILES = ("data", "backbones", "methods", "recipes")
 COMPOSE = "compose"
 LISTED = "svf-fast config lists them"
 
@@ -39,9 +40,11 @@ class Layer:
     sections: PlainData
 
 
+@cache
 def shipped() -> Mapping[str, Mapping[str, Entry]]:
     """All entries by name, by the shipped file that they stand in: the whole configurations first, then the parts."""
-    return _shipped()
+    files = [SHIPPED_FOLDER / f"{name}.yaml" for name in (CONFIGURATIONS, *(f"parts/{name}" for name in PART_FILES))]
+    return {file.stem: {entry.name: entry for entry in _entries(file)} for file in files}
 
 
 def shipped_configs() -> list[str]:
@@ -129,24 +132,20 @@ def _own_file(path: Path) -> Entry:
 
 
 @cache
-def _shipped() -> dict[str, dict[str, Entry]]:
-    files = [SHIPPED_FOLDER / f"{CONFIGURATIONS}.yaml", *sorted((SHIPPED_FOLDER / "parts").glob("*.yaml"))]
-    return {file.stem: {entry.name: entry for entry in _entries(file)} for file in files}
-
-
-@cache
 def _parts() -> dict[str, Entry]:
-    return {name: entry for group, entries in _shipped().items() if group != CONFIGURATIONS for name, entry in entries.items()}
+    return {name: entry for file in PART_FILES for name, entry in shipped()[file].items()}
 
 
 def _entries(file: Path) -> Iterator[Entry]:
     text = file.read_text(encoding="utf-8")
     lines = text.splitlines()
     loader = yaml.SafeLoader(text)
-    for key, value in loader.get_single_node().value:
-        content: Any = loader.construct_object(value, deep=True)  # type: ignore[no-untyped-call]
+    for key, value in cast(yaml.MappingNode, loader.get_single_node()).value:
+        content = loader.construct_object(value, deep=True)
         first = key.start_mark.line
         while lines[first - 1].startswith("#"):
             first -= 1
         about = lines[first].lstrip("# ")
-        yield Entry(key.value, f"{key.value} (in {file.relative_to(SHIPPED_FOLDER.parent)})", about, content, file.parent)
+        yield Entry(
+            key.value, f"{key.value} (in {file.relative_to(SHIPPED_FOLDER.parent)})", about, content, file.parent
+        )

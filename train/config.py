@@ -1,5 +1,5 @@
-"""What a run is made of: one frozen dataclass a section, read from YAML plus ``key=value`` overrides and checked here,
-so that everything behind this border works with valid, typed values. Knows no model and opens no data."""
+"""What a run is made of: one frozen dataclass a section, from composed YAML plus ``key=value`` overrides, checked here so that
+everything behind this border works with valid, typed values. Knows no model and opens no data."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,13 @@ from svf_fast.train.schedule import Schedule
 from svf_fast.train.schema import (
     ConfigError,
     PlainData,
-    flatten,
     from_plain,
-    leaf_hints,
     override,
     require,
+    require_fit,
     require_one_of,
     require_rate,
     to_plain,
-    unknown_key,
 )
 from svf_fast.train.tuning import (
     Kernel,
@@ -46,8 +44,8 @@ __all__ = [
     "ConfigError",
     "MethodConfig",
     "StageConfig",
-    "WrongStageError",
     "config_from_plain",
+    "load_any_config",
     "load_base_config",
     "load_config",
 ]
@@ -55,10 +53,6 @@ __all__ = [
 Stage = TypeVar("Stage", bound="StageConfig")
 
 MOST_EPISODES = 1_000_000  # a validation: their keys are made at once
-
-
-class WrongStageError(ConfigError):
-    """A base learner's configuration where a few-shot method's was expected, or the other way round."""
 
 
 @dataclass(frozen=True)
@@ -318,11 +312,11 @@ class BaseConfig(StageConfig):
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A few-shot run's configuration from a YAML file, the bare name of a shipped one, or several names joined with ``+``
-    (composition.py), with ``section.key=value`` overrides on top.
+    """A few-shot run's configuration from a YAML file, the name of a shipped one, or several names of parts joined with
+    ``+``, of which later ones win; ``section.key=value`` overrides lie on top.
 
-    Raises FileNotFoundError when there is no such file, ConfigError (one sentence that names the key) on anything wrong
-    in it.
+    Raises FileNotFoundError when there is nothing of that name, ConfigError (one sentence that names the key, and the
+    place if it is written in a file) on anything wrong.
     """
     return config_from_plain(_read(name, Config), overrides)
 
@@ -330,6 +324,12 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
 def load_base_config(name: str | Path, overrides: Sequence[str] = ()) -> BaseConfig:
     """As :func:`load_config`, for a run of the base learner."""
     return config_from_plain(_read(name, BaseConfig), overrides, BaseConfig)
+
+
+def load_any_config(name: str | Path, overrides: Sequence[str] = ()) -> Config | BaseConfig:
+    """As :func:`load_config`, of either kind: a base learner's where ``method.name`` says so."""
+    schema = _stage_of(merged(layers_of(name))) or Config
+    return config_from_plain(_read(name, schema), overrides, schema)
 
 
 @overload
@@ -354,17 +354,25 @@ def config_from_plain(
 
 def _read(name: str | Path, schema: type[StageConfig]) -> PlainData:
     layers = layers_of(name)
-    known = sorted({key for kind in (Config, BaseConfig) for key, _ in leaf_hints(kind)})
-    sections = {key.partition(".")[0] for key in known}
-    for layer in layers:
-        for key in flatten(layer.sections):
-            # a section that is none is for the schema to judge
-            if key not in known and key not in sections:
-                raise ConfigError(f"{layer.origin}: {unknown_key(key, known)}")
     data = merged(layers)
-    method = data.get("method")
-    named = method.get("name") if isinstance(method, dict) else None
-    command = "train-base" if named == BASE_LEARNER else "train"
-    if named is not None and (command == "train-base") != issubclass(schema, BaseConfig):
-        raise WrongStageError(f"{name} is a configuration for svf-fast {command}: its method.name is {named!r}")
+    stage = _stage_of(data)
+    if stage not in (None, schema):
+        command = "train-base" if stage is BaseConfig else "train"
+        raise ConfigError(
+            f"{name} is a configuration for svf-fast {command}: its method.name is {data['method']['name']!r}"
+        )
+    for layer in layers:
+        try:
+            require_fit(schema, layer.sections)
+        except ConfigError as error:
+            raise ConfigError(f"{layer.origin}: {error}") from error
     return data
+
+
+def _stage_of(data: PlainData) -> type[Config] | type[BaseConfig] | None:
+    """Whose configuration it is by its method's name; None where it has none."""
+    method = data.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    if name is None:
+        return None
+    return BaseConfig if name == BASE_LEARNER else Config

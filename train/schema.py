@@ -25,12 +25,8 @@ def from_plain(schema: type[Section], data: object, key: str = "") -> Section:
     Raises ConfigError on a key that the schema does not have (the nearest one is named), a missing one, a value of
     another type, or one that the dataclass itself refuses.
     """
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{key or 'the configuration'} is {_shown(data)}, expected keys with values")
     known = _hints(schema)
-    for name in data:
-        if name not in known:
-            raise ConfigError(unknown_key(_join(key, str(name)), [_join(key, other) for other in known]))
+    data = _known_keys(data, known, key)
     values: PlainData = {}
     for field in fields(schema):  # type: ignore[arg-type]
         where = _join(key, field.name)
@@ -46,6 +42,18 @@ def from_plain(schema: type[Section], data: object, key: str = "") -> Section:
         raise
     except ValueError as error:  # the dataclass's own checks start their sentence with the field's name
         raise ConfigError(_join(key, str(error))) from error
+
+
+def require_fit(schema: type, data: object, key: str = "") -> None:
+    """ConfigError, as of :func:`from_plain`, unless each key of ``data`` is one of ``schema`` with a value of its type.
+    Keys may be missing: this is for what other data are laid over or under."""
+    known = _hints(schema)
+    for name, value in _known_keys(data, known, key).items():
+        where = _join(key, name)
+        if not is_dataclass(known[name]):
+            _convert(known[name], value, where)
+        elif value is not None:
+            require_fit(known[name], value, where)
 
 
 def to_plain(section: object) -> Any:
@@ -79,7 +87,7 @@ def override(schema: type, data: PlainData, assignment: str) -> None:
     if below:
         raise ConfigError(f"{key} is a section, not a key: it has {', '.join(below)}")
     if key not in hints:
-        raise ConfigError(unknown_key(key, list(hints)))
+        raise ConfigError(_unknown(key, list(hints)))
     *sections, name = key.split(".")
     for section in sections:
         # an empty section in a file is None
@@ -141,8 +149,16 @@ def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def unknown_key(key: str, known: Sequence[str]) -> str:
-    """The sentence about a key that nothing knows, with the nearest one that is."""
+def _known_keys(data: object, known: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{key or 'the configuration'} is {_shown(data)}, expected keys with values")
+    for name in data:
+        if name not in known:
+            raise ConfigError(_unknown(_join(key, str(name)), [_join(key, other) for other in known]))
+    return data
+
+
+def _unknown(key: str, known: list[str]) -> str:
     suggestion = nearest(key, known)
     hint = f"did you mean {suggestion}?" if suggestion else f"expected one of {', '.join(known)}"
     return f"unknown key {key}: {hint}"
