@@ -1,9 +1,10 @@
-"""Files that are there whole or not at all, and what tells one from another. On the lowest floor of training: knows
-neither data nor runs."""
+"""Files that are there whole or not at all, what tells one from another, and folders that one process has to itself. On the
+lowest floor of training: knows neither data nor runs."""
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -44,5 +45,27 @@ def flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int | None]:
+    """Inside, no other process is: a lock of the system, which ends with the process, or with the last one that was given the
+    descriptor this yields. Only POSIX has it for folders. BlockingIOError when another process is there."""
+    if os.name != "posix":
+        yield None
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another call is at work in {folder}; wait for it") from None
+        except OSError:
+            pass  # a disk without locks
+        yield descriptor
     finally:
         os.close(descriptor)

@@ -60,7 +60,7 @@ class WorkProgress:
         work = self._work[name]
         now_s = time.monotonic()
         left_s = (now_s - work.began_s) / max(done - work.first_done, 1) * (total - done)
-        values = f"{values}  {_clock(left_s)} left".strip()
+        values = f"{values}  {clock(left_s)} left".strip()
         self._live.update(work.task, completed=done, values=values, visible=done < total)
         if not self._console.is_terminal and now_s - self._last_line_s >= PLAIN_LINE_EVERY_S:
             self._last_line_s = now_s
@@ -88,7 +88,7 @@ class WorkProgress:
         self._console.print(Text(sentence), soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from svf_fast.train.files import flush_folder, write_atomically
+from svf_fast.train.files import flush_folder, locked, write_atomically
 
 _PLAN_FILE = "plan.json"
 _BLOCK_BYTES = 4096
@@ -71,7 +71,7 @@ class Workspace:
             self.part.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"{self.part} cannot be made ({error.strerror})") from None
-        with _locked(self.part):
+        with locked(self.part):
             # looked at only now: until the lock was free, another call could finish
             if self.is_finished:
                 with suppress(OSError):  # not there, or not empty and so not made above
@@ -167,27 +167,6 @@ def digest_of(lines: Iterable[str]) -> str:
 def size_on_disk(file_bytes: int) -> int:
     """What a file of so many bytes takes, in whole blocks."""
     return -(-file_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process is: a lock of the system, which ends with the process. Only POSIX has it for folders."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another call is at work in {folder}; wait for it") from None
-        except OSError:
-            pass  # a disk without locks
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _link_or_copy(original: Path, path: Path) -> None:
