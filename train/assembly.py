@@ -19,6 +19,7 @@ from svf_fast.train.data.generalised import GeneralisedSampler
 from svf_fast.train.data.split import Split
 from svf_fast.train.data.transforms import Augmentation
 from svf_fast.train.data.voc import VOCFolder
+from svf_fast.train.distributed import Launched
 from svf_fast.train.method_config import METHOD_OPTIONS
 from svf_fast.train.methods import BAM, MetaLearner, PSPNet, build_method
 from svf_fast.train.methods.pspnet import load_base_learner
@@ -204,16 +205,21 @@ def base_rates(config: StageConfig, groups: list[ParameterGroup]) -> dict[str, f
     return {group["name"]: base_lr * group["lr_scale"] for group in groups}
 
 
-def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
-    """``auto`` is the first GPU if there is one; with a ``local_rank``, of several processes on this machine, each has
-    the GPU of its number. ConfigError when a GPU is asked for that PyTorch does not see."""
+def choose_device(name: str, here: Launched | None = None) -> torch.device:
+    """``auto`` is the first GPU if there is one; of several processes on this machine each has the GPU of its number.
+    ConfigError when a GPU is asked for that PyTorch does not see."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and local_rank is not None:
+    if device.type == "cuda" and here is not None:
         if device.index is not None:
             raise ConfigError(f"run.device is {name}, one GPU for several processes: use run.device=cuda")
-        device = torch.device("cuda", local_rank)
+        if here.size > torch.cuda.device_count():
+            raise ConfigError(
+                f"torchrun has started {here.size} processes on this machine, but PyTorch sees "
+                f"{torch.cuda.device_count()} GPUs: start one a GPU"
+            )
+        return torch.device("cuda", here.rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"run.device is {name}, but PyTorch sees {torch.cuda.device_count()} GPUs: use run.device=cpu"

@@ -53,15 +53,14 @@ class BaseTask:
     ) -> Judgement:
         """mIoU over all base classes, background left out; the method comes back in the mode it was in."""
         metrics = BaseMetrics(len(self.class_names))
-        keys = processes.share(in_batches([(0, index) for index in range(self.judged)], self.batch))
-        done = 0
-        loading = load_ahead(self.validation.picture, stack, keys, workers=workers)
+        keys = in_batches([(0, index) for index in range(self.judged)], self.batch)
+        loading = load_ahead(self.validation.picture, stack, processes.share(keys), workers=workers)
         with evaluating(method), closing(loading) as batches:
-            for batch in batches:
+            for number, batch in enumerate(batches, start=1):
                 # the argmax, two to five times as fast as torch.argmax over a leading dimension
                 metrics.update(method(batch.images.to(device)).max(dim=1).indices, batch.labels)
-                done += len(batch.labels)
-                watch(min(done * processes.size, self.judged), self.judged)
+                if number <= processes.rounds(keys):
+                    watch(min(number * processes.size * self.batch, self.judged), self.judged)
         metrics.counts.sum_over(processes.total)
         return Judgement(
             metrics.miou,

@@ -24,7 +24,7 @@ from svf_fast.train.journal import Journal, SilentJournal
 from svf_fast.train.precision import arithmetic
 from svf_fast.train.progress import WorkProgress
 from svf_fast.train.scalars import open_scalars, scalars_of
-from svf_fast.train.step import Stepper
+from svf_fast.train.step import Stepper, StepResult
 from svf_fast.train.tasks import DeviceBatch, Task
 from svf_fast.train.tuning import ParameterGroup
 from svf_fast.train.validation import ValidationStopped
@@ -88,7 +88,8 @@ class Run:
         """Go on where ``checkpoint``, this folder's last one, was written."""
         load_method_state(self.method, checkpoint, self.folder / LAST)
         self.stepper.optimiser.load_state_dict(checkpoint.optimiser)
-        self.stepper.scaler.load_state_dict(checkpoint.scaler)
+        if checkpoint.scaler:  # an older version's fp16 had none
+            self.stepper.scaler.load_state_dict(checkpoint.scaler)
         self.state = checkpoint.state
         self._saved_iteration = checkpoint.state.iteration
 
@@ -111,8 +112,10 @@ class Run:
                 with WorkProgress(self.console) as self.progress:
                     self.progress.begin("training", self.state.iteration, self.total)
                     return self._work()
-        except (OSError, PeerLost) as error:
+        except OSError as error:
             raise TrainingError(f"{error}; {self._what_is_good()}") from error
+        except PeerLost as error:
+            raise PeerLost(f"{error}; {self._what_is_good()}") from error
 
     def _work(self) -> Outcome:
         with closing(self._batches()) as batches:
@@ -159,7 +162,8 @@ class Run:
         started_s = time.perf_counter()
         done = self.stepper.step(batches, self.state.iteration, self.total)
         self._overflows = 0 if done.is_taken else self._overflows + 1
-        self._require_finite(done.loss, done.gradient_norm)
+        if not self._may_go_on(done):
+            self.processes.agreed(lambda: self._refuse(done), (TrainingError,))
         self.state.iteration += 1
         step_ms = (time.perf_counter() - started_s) * 1000.0
         self._record(
@@ -169,6 +173,7 @@ class Run:
             # JSON has no infinity
             gradient_norm=done.gradient_norm if done.is_taken else None,
             rates=done.rates,
+            **({} if done.scale is None else {"scale": done.scale}),
             step_ms=round(step_ms, 1),
         )
         shown = [
@@ -179,16 +184,17 @@ class Run:
         ]
         self.progress.show("training", self.state.iteration, self.total, "  ".join(shown))
 
-    def _require_finite(self, loss: float, gradient_norm: float) -> None:
+    def _may_go_on(self, done: StepResult) -> bool:
         is_fp16 = self.stepper.scaler.is_enabled()
-        if is_fp16 and math.isfinite(loss) and self._overflows <= MOST_OVERFLOWS:
-            return
-        for name, value in (("loss", loss), ("gradient's norm", gradient_norm)):
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the {name} is {value} at step {self.state.iteration + 1}: the rates are too high "
-                    f"(optimiser.base_lr and its scales) or the data are broken; {self._what_is_good()}"
-                )
+        return done.is_taken or (is_fp16 and math.isfinite(done.loss) and self._overflows <= MOST_OVERFLOWS)
+
+    def _refuse(self, done: StepResult) -> None:
+        name, value = ("gradient's norm", done.gradient_norm) if math.isfinite(done.loss) else ("loss", done.loss)
+        again = f", after {MOST_OVERFLOWS} skipped steps in a row" if self._overflows > MOST_OVERFLOWS else ""
+        raise TrainingError(
+            f"the {name} is {value} at step {self.state.iteration + 1}{again}: the rates are too high "
+            f"(optimiser.base_lr and its scales) or the data are broken; {self._what_is_good()}"
+        )
 
     def _validate(self) -> bool:
         """Judge the model and keep the best; False when a stop was asked for before the end."""
@@ -223,8 +229,7 @@ class Run:
 
     def _watch_validation(self, done: int, total: int) -> None:
         self.progress.show("validation", done, total)
-        # several processes would have to agree at every batch: there a validation runs to its end
-        if self.stop and done < total and self.processes.size == 1:
+        if self.processes.any(bool(self.stop)) and done < total:
             raise ValidationStopped
 
     def _record(self, kind: str, **values: Any) -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from svf_fast.train.label_metrics import LabelCounts, Total, count_labels
+from svf_fast.train.label_metrics import LabelCounts, Total, count_labels, summed_by_key
 
 _LABELS = 2  # background and the episode's class
 _LONG = 2  # a longer side of more than so many shorter ones
@@ -92,8 +91,7 @@ class FewShotMetrics:
         """As :meth:`LabelCounts.sum_over`: the metrics of the episodes of all processes."""
         for counts in self.counts.values():
             counts.sum_over(total)
-        episodes = total(np.array(list(self.episodes.values()), np.int64))
-        self.episodes = dict(zip(self.episodes, episodes.tolist(), strict=True))
+        self.episodes = summed_by_key(self.episodes, total)
 
     @property
     def total(self) -> LabelCounts:

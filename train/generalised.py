@@ -13,8 +13,9 @@ from torch import Tensor
 from svf_fast.train.batches import in_batches, load_ahead
 from svf_fast.train.data.episodes import collate
 from svf_fast.train.data.generalised import GeneralisedSampler
+from svf_fast.train.distributed import ALONE, Processes
 from svf_fast.train.evaluation import logits_at_original_size
-from svf_fast.train.label_metrics import EPSILON, LabelCounts, count_labels
+from svf_fast.train.label_metrics import EPSILON, LabelCounts, Total, count_labels, summed_by_key
 from svf_fast.train.methods import BAM
 from svf_fast.train.methods.bam import GeneralisedRule, predict_generalised
 from svf_fast.train.tasks import Watch
@@ -59,6 +60,11 @@ class GeneralisedMetrics:
             getattr(self._counts, name)[columns] += getattr(counts, name)
         self.episodes[class_id] += 1
 
+    def sum_over(self, total: Total) -> None:
+        """As :meth:`LabelCounts.sum_over`: the metrics of the episodes of all processes."""
+        self._counts.sum_over(total)
+        self.episodes = summed_by_key(self.episodes, total)
+
     def scores(self, seed: int) -> GeneralisedScores:
         """What the counts so far say; ``seed`` is for the record."""
         iou = self._counts.iou
@@ -90,16 +96,17 @@ def validate_generalised(
     workers: int,
     device: torch.device,
     watch: Watch,
+    processes: Processes = ALONE,
 ) -> GeneralisedScores:
     """Scores over the episodes of ``plan`` (the protocol's follow the list's order), at their original size. ``tau`` and
-    ``rule`` as in :func:`predict_generalised`; ``watch`` as in :func:`validate`. The method comes back in the mode it
+    ``rule`` as in :func:`predict_generalised`; ``watch`` and ``processes`` as in :func:`validate`. The method comes back in the mode it
     was in."""
     base = source.base_classes
     metrics = GeneralisedMetrics(base, source.split.class_ids)
     keys = in_batches(source.validation_indices(plan.episodes, plan.seed, plan.order), plan.batch)
-    done = 0
-    with evaluating(method), closing(load_ahead(source.episode, collate, keys, workers=workers)) as batches:
-        for batch in batches:
+    own = processes.share(keys)
+    with evaluating(method), closing(load_ahead(source.episode, collate, own, workers=workers)) as batches:
+        for number, batch in enumerate(batches, start=1):
             on_device = batch.to(device)
             outputs = method.outputs(on_device.query_images, on_device.support_images, on_device.support_labels)
             labels = zip(base_labels_of(batch), batch.original_labels, strict=True)
@@ -109,6 +116,7 @@ def validate_generalised(
                 truth = generalised_label(base_label, label, len(base))
                 resized = (logits_at_original_size(each, truth)[None] for each in logits)
                 metrics.update(predict_generalised(*resized, tau=tau, rule=rule)[0], truth, class_id)
-            done += len(batch)
-            watch(done, plan.episodes)
+            if number <= processes.rounds(keys):
+                watch(min(number * processes.size * plan.batch, plan.episodes), plan.episodes)
+    metrics.sum_over(processes.total)
     return metrics.scores(plan.seed)

@@ -16,6 +16,7 @@ from svf_fast.train.config import Config, ConfigError, config_from_plain
 from svf_fast.train.data.episodes import EpisodeSampler
 from svf_fast.train.data.generalised import GeneralisedSampler
 from svf_fast.train.data.split import Split
+from svf_fast.train.distributed import Processes, joined
 from svf_fast.train.files import sha256_of
 from svf_fast.train.generalised import GeneralisedScores, validate_generalised
 from svf_fast.train.methods import BAM, MetaLearner
@@ -87,7 +88,8 @@ def evaluate(
     """Scores of a checkpoint on the novel classes of its fold, once for each of ``seeds`` (none: the validation seed).
 
     ``overrides`` may change where the data lie and how they are asked for, not the model. Needs no other file of the
-    run. Raises FileNotFoundError or a ValueError as :func:`train` does.
+    run. Raises FileNotFoundError or a ValueError as :func:`train` does. Under ``torchrun`` its processes share the
+    episodes, and all of them get the same scores.
     """
     _require_different(seeds)
     trained = _open(path, overrides)
@@ -97,7 +99,7 @@ def evaluate(
     samplers, split = [sampler.with_seed(seed) for seed in seeds], sampler.split
     origin, method = trained.origin(split), trained.method()
 
-    def judge(sampler: EpisodeSampler, watch: Watch) -> Scores:
+    def judge(sampler: EpisodeSampler, watch: Watch, processes: Processes) -> Scores:
         return validate(
             method,
             sampler,
@@ -106,11 +108,10 @@ def evaluate(
             workers=config.data.workers,
             device=trained.device,
             watch=watch,
+            processes=processes,
         )
 
-    with arithmetic(config.run.precision, trained.device):
-        scores = _one_by_one("validation", samplers, config.validation.episodes, judge, console)
-    return Evaluation(origin, scores, dict(split.class_names))
+    return Evaluation(origin, _one_by_one("validation", trained, samplers, judge, console), dict(split.class_names))
 
 
 def evaluate_generalised(
@@ -141,7 +142,7 @@ def evaluate_generalised(
     origin, method = trained.origin(split), trained.method()
     assert isinstance(method, BAM)
 
-    def judge(sampler: GeneralisedSampler, watch: Watch) -> GeneralisedScores:
+    def judge(sampler: GeneralisedSampler, watch: Watch, processes: Processes) -> GeneralisedScores:
         return validate_generalised(
             method,
             sampler,
@@ -151,27 +152,33 @@ def evaluate_generalised(
             workers=config.data.workers,
             device=trained.device,
             watch=watch,
+            processes=processes,
         )
 
-    with arithmetic(config.run.precision, trained.device):
-        scores = _one_by_one("generalised", samplers, config.validation.episodes, judge, console)
+    scores = _one_by_one("generalised", trained, samplers, judge, console)
     return GeneralisedEvaluation(origin, scores, dict(split.class_names), tau, rule)
 
 
 def _one_by_one(
     name: str,
+    trained: "_Trained",
     samplers: Sequence[Sampler],
-    episodes: int,
-    judge: Callable[[Sampler, Watch], Judged],
+    judge: Callable[[Sampler, Watch, Processes], Judged],
     console: Console,
 ) -> tuple[Judged, ...]:
     """``judge`` on every sampler, each with a bar of its own."""
     scores: list[Judged] = []
-    with WorkProgress(console) as progress:
+    run = trained.config.run
+    processes = joined(run.device)
+    with (
+        processes.signed(ValueError, OSError, MemoryError, torch.OutOfMemoryError),
+        arithmetic(run.precision, trained.device),
+        WorkProgress(console if processes.is_first else Console(quiet=True)) as progress,
+    ):
         for sampler in samplers:
             bar = f"{name}, seed {sampler.seed}"
-            progress.begin(bar, 0, episodes)
-            scores.append(judge(sampler, partial(progress.show, bar)))
+            progress.begin(bar, 0, trained.config.validation.episodes)
+            scores.append(judge(sampler, partial(progress.show, bar), processes))
     return tuple(scores)
 
 

@@ -69,6 +69,11 @@ def count_labels(prediction: Tensor, label: Tensor, labels: int) -> LabelCounts:
     return counts
 
 
+def summed_by_key(counts: dict[int, int], total: Total) -> dict[int, int]:
+    """Each count's sum over processes, which ``total`` makes; all have the same keys in the same order."""
+    return dict(zip(counts, total(np.array(list(counts.values()), np.int64)).tolist(), strict=True))
+
+
 class BaseMetrics:
     """mIoU over `classes` base classes, labels 1 … `classes`; background (0) is counted and left out of the mean."""
 

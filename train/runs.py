@@ -32,7 +32,7 @@ from svf_fast.train.config import (
     config_from_plain,
 )
 from svf_fast.train.data.split import Split
-from svf_fast.train.distributed import PeerLost, Processes, joined, launched_local_rank
+from svf_fast.train.distributed import Processes, joined, launched_here
 from svf_fast.train.engine import LAST, LOG, Outcome, Parts, Run, TrainingError
 from svf_fast.train.files import write_atomically
 from svf_fast.train.scalars import require_tensorboard
@@ -65,16 +65,15 @@ def train(config: Config | BaseConfig, *, resume: bool, console: Console) -> Out
     Under ``torchrun`` its processes share every step and every validation, and only the first one writes.
 
     Raises FileNotFoundError or a ValueError (ConfigError, CheckpointError and others), before the first step, when
-    something is wrong with what the user gave; TrainingError when the run itself fails.
+    something is wrong with what the user gave; TrainingError when the run itself fails. Of several processes the first
+    one raises these, the others ProcessError for what they alone meet; PeerLost when another one fails.
     """
     config = with_absolute_places(config)
-    with joined(prepare_device(config).type) as processes:
-        quiet = console if processes.is_first else Console(quiet=True)
-        mistakes = (ValueError, OSError)
-        try:
-            run = processes.agreed(lambda: _build_run(config, processes, resume=resume, console=quiet), mistakes)
-        except PeerLost as error:
-            raise TrainingError(str(error)) from error
+    processes = joined(config.run.device)
+    quiet = console if processes.is_first else Console(quiet=True)
+    mistakes = (ValueError, OSError)
+    run = processes.agreed(lambda: _build_run(config, processes, resume=resume, console=quiet), mistakes)
+    with processes.signed(*mistakes, TrainingError, MemoryError, torch.OutOfMemoryError):
         return run.train()
 
 
@@ -95,7 +94,7 @@ def prepare_device(config: StageConfig) -> torch.device:
     """The device that ``config`` asks for; PyTorch uses its number of threads from here on."""
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    return choose_device(config.run.device, local_rank=launched_local_rank())
+    return choose_device(config.run.device, launched_here())
 
 
 def with_absolute_places(config: Stage) -> Stage:
@@ -132,7 +131,7 @@ def _build_run(config: Config | BaseConfig, processes: Processes, *, resume: boo
     folder = require_run_folder(config, resume=resume)
     checkpoint = load_checkpoint(folder / LAST) if (folder / LAST).is_file() else None
     if checkpoint is not None:
-        _require_same_run(config, checkpoint, folder / LAST)
+        require_same_run(config, checkpoint, folder / LAST)
     elif resume:
         console.print(f"no checkpoint in {folder} yet: the run begins", highlight=False, markup=False, soft_wrap=True)
     device = prepare_device(config)
@@ -205,7 +204,8 @@ def require_run_folder(config: StageConfig, *, resume: bool) -> Path:
     return folder
 
 
-def _require_same_run(config: Config | BaseConfig, checkpoint: Checkpoint, path: Path) -> None:
+def require_same_run(config: Config | BaseConfig, checkpoint: Checkpoint, path: Path) -> None:
+    """ConfigError unless ``checkpoint``, read from ``path``, is of a run with these settings, but for those that are free."""
     before, now = flatten(config_of(checkpoint, path, type(config)).to_plain()), flatten(config.to_plain())
     changed = [key for key in now if now[key] != before[key] and key not in FREE_ON_RESUME]
     if changed:

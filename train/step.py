@@ -31,6 +31,7 @@ class StepResult:
     gradient_norm: float
     rates: dict[str, float]
     is_taken: bool
+    scale: float | None  # of fp16's loss, in this step
 
 
 class Stepper:
@@ -60,7 +61,9 @@ class Stepper:
                 f"{processes.size} processes times run.accumulate={self.parts}"
             )
         self.share = share  # samples of one forward
-        _share_statistics(method, processes, self.parts, device)
+        if config.run.compile:
+            _require_compiler(device)
+        share_statistics(method, processes, self.parts, device)
         options = config.optimiser
         self.optimiser = torch.optim.SGD(
             [{"params": group["params"], "name": group["name"]} for group in groups],
@@ -73,7 +76,8 @@ class Stepper:
         self._tuned = [parameter for group in groups for parameter in group["params"]]
         self._losses: nn.Module = _TaskLosses(method, task)
         if config.run.compile:
-            self._losses.compile()
+            # PyTorch's own generators: compiled or not, dropout draws the same
+            self._losses.compile(options={"fallback_random": True})
         if processes.size > 1:
             # Buffers need no broadcast: statistics are frozen, or synchronised. A stage that nothing reads (layer 4
             # with the prior from layer 3) has no gradient.
@@ -103,9 +107,10 @@ class Stepper:
         is_finite = bool(np.isfinite(loss)) and bool(np.isfinite(norm))
         if is_finite:
             self.scaler.step(self.optimiser)
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         if np.isfinite(loss):
             self.scaler.update()
-        return StepResult(loss, parts, norm, rates, is_finite)
+        return StepResult(loss, parts, norm, rates, is_finite, scale)
 
     def _backward(self, batches: Sequence[DeviceBatch], iteration: int) -> tuple[float, dict[str, float]]:
         """Gradients of the mean over all pixels of the whole batch that are not void, and the losses.
@@ -129,7 +134,8 @@ class Stepper:
                     total, parts = self._losses(batch.to(self.device))
                 # the exchange of gradients takes their mean over the processes, not their sum
                 scaled = total if is_whole else total * (weight * self.processes.size)
-                self.scaler.scale(scaled).backward()
+                with self.processes.exchange():
+                    self.scaler.scale(scaled).backward()
             found.append((weight, total.detach(), {name: value.detach() for name, value in parts.items()}))
         names = list(found[0][2])
         sums = np.zeros(1 + len(names))
@@ -159,13 +165,13 @@ class _TaskLosses(nn.Module):
         return losses.total, losses.parts
 
 
-def _share_statistics(method: nn.Module, processes: Processes, parts: int, device: torch.device) -> None:
+def share_statistics(method: nn.Module, processes: Processes, parts: int, device: torch.device) -> None:
     """Where BatchNorm follows the batch, make it the whole batch's; ConfigError where that cannot be."""
     was_training = method.training
     method.train()
-    follows = any(isinstance(module, _BatchNorm) and module.training for module in method.modules())
+    following = [name for name, module in method.named_modules() if isinstance(module, _BatchNorm) and module.training]
     method.train(was_training)
-    if not follows or processes.size * parts == 1:
+    if not following or processes.size * parts == 1:
         return
     if parts > 1:
         raise ConfigError(
@@ -176,7 +182,20 @@ def _share_statistics(method: nn.Module, processes: Processes, parts: int, devic
             f"BatchNorm follows the batch here, and {processes.size} processes share its statistics on GPUs only: "
             "use one process"
         )
-    nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    # those alone: what keeps its statistics has classes of its own
+    for name in following:
+        method.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(method.get_submodule(name)))
+
+
+def _require_compiler(device: torch.device) -> None:
+    """ConfigError unless a first small function can be compiled for ``device``."""
+    try:
+        torch.compile(lambda values: values * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # PyTorch's own errors here have no class in common
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"run.compile is true, but torch.compile does not work for {device.type} here: {reason}"
+        ) from error
 
 
 @contextmanager

@@ -122,15 +122,15 @@ def validate(
 
     A batch shares the forward alone: each query is scored at its own original size, so that the counts are those of one
     episode at a time, up to the forward's rounding. After every batch ``watch`` is told how many episodes of how many
-    are done; what it raises ends the validation. Several ``processes`` divide the batches; each gets the same scores, from
-    exactly the counts that one process would have.
+    are done; what it raises ends the validation. Several ``processes`` divide the batches, and ``watch`` is told in all of
+    them after each round; each gets the same scores, from exactly the counts that one process would have.
     """
     metrics = FewShotMetrics(class_ids)
     branches = _Branches(method, class_ids) if isinstance(method, BAM) else None
-    keys = processes.share(in_batches(source.validation_indices(plan.episodes, plan.seed, plan.order), plan.batch))
-    done = 0
-    with evaluating(method), closing(load_ahead(source.episode, collate, keys, workers=workers)) as batches:
-        for batch in batches:
+    keys = in_batches(source.validation_indices(plan.episodes, plan.seed, plan.order), plan.batch)
+    own = processes.share(keys)
+    with evaluating(method), closing(load_ahead(source.episode, collate, own, workers=workers)) as batches:
+        for number, batch in enumerate(batches, start=1):
             on_device = batch.to(device)
             if branches is None:
                 logits = method(on_device.query_images, on_device.support_images, on_device.support_labels)
@@ -138,8 +138,8 @@ def validate(
                 logits = branches.final_logits(on_device)
             for logit, label, class_id in zip(logits, batch.original_labels, batch.class_ids, strict=True):
                 metrics.update(logit, label, class_id)
-            done += len(batch)
-            watch(min(done * processes.size, plan.episodes), plan.episodes)
+            if number <= processes.rounds(keys):
+                watch(min(number * processes.size * plan.batch, plan.episodes), plan.episodes)
     metrics.sum_over(processes.total)
     if branches is not None:
         branches.sum_over(processes.total)

@@ -13,10 +13,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from voc_folders import draw, line, write_label, write_picture
 
+from svf_fast.train.checkpoint import load_checkpoint
 from svf_fast.train.config import Config, config_from_plain
 from svf_fast.train.data.episodes import Episode, Order
 from svf_fast.train.data.memory import SampleMemory
-from svf_fast.train.engine import Parts, Run
+from svf_fast.train.engine import BEST, LAST, LOG, Parts, Run
+from svf_fast.train.journal import read_journal
 from svf_fast.train.methods import Losses, TrainingBatch
 from svf_fast.train.tasks import DeviceBatch, EpisodeTask
 from svf_fast.train.tuning import ParameterGroup
@@ -138,3 +140,23 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Run, "_step", step_and_signal)
+
+
+def require_same_ending(folder: Path, expected: Path) -> None:
+    """Weights, momentum and best scores equal to the bit, and the log without a gap or a step told twice."""
+    for name in (LAST, BEST):
+        found, wanted = load_checkpoint(folder / name), load_checkpoint(expected / name)
+        assert found.state == wanted.state
+        for key, tensor in wanted.method.items():
+            assert torch.equal(found.method[key], tensor), key
+        assert found.scaler == wanted.scaler
+        for key, state in wanted.optimiser["state"].items():
+            assert torch.equal(found.optimiser["state"][key]["momentum_buffer"], state["momentum_buffer"])
+    assert told(folder) == told(expected)
+
+
+def told(folder: Path) -> list[dict[str, object]]:
+    """The log without what was measured and without beginnings."""
+    lines = [line for line in read_journal(folder / LOG) if line["kind"] != "start"]
+    measured = ("step_ms", "seconds", "peak_memory_mb")
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,15 +15,17 @@ import numpy as np
 import pytest
 import torch
 from run_fakes import QUIET, TINY, FakeMethod, fake_run, stop_after, write_voc_folder
+from torch import nn
 
 from svf_fast.train.checkpoint import load_checkpoint
 from svf_fast.train.cli import main
 from svf_fast.train.config import ConfigError, load_config
-from svf_fast.train.distributed import Processes
+from svf_fast.train.distributed import PeerLost, ProcessError, Processes
 from svf_fast.train.engine import LAST, LOG
 from svf_fast.train.journal import read_journal
 from svf_fast.train.methods.dropout import Dropout2d, Rows, rows_at_work
 from svf_fast.train.runs import train
+from svf_fast.train.step import share_statistics
 
 
 class TwoFold(FakeMethod):
@@ -94,14 +98,16 @@ def settings(root: Path, folder: Path, *others: str) -> list[str]:
     return [*TINY, f"data.root={root}", f"run.dir={folder}", "run.device=cpu", *others]
 
 
-def torchrun_command(processes: int, *arguments: str) -> list[str]:
+def torchrun_command(processes: int, *arguments: str, command: tuple[str, ...] = ("train", "voc_folder")) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *launcher, "-m", "svf_fast.train", "train", "voc_folder", *arguments]
+    return [sys.executable, *launcher, "-m", "svf_fast.train", *command, *arguments]
 
 
-def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    processes: int, *arguments: str, command: tuple[str, ...] = ("train", "voc_folder")
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        torchrun_command(processes, *arguments),
+        torchrun_command(processes, *arguments, command=command),
         capture_output=True,
         text=True,
         timeout=300,
@@ -157,6 +163,55 @@ def test_a_run_goes_on_in_another_number_of_processes(
     np.testing.assert_allclose(losses(mixed), losses(whole), rtol=2e-3)
 
 
+def test_what_one_process_meets_it_tells_itself() -> None:
+    with (
+        pytest.raises(ProcessError, match=r"^process 2 of 3: picture.jpg cannot be read$"),
+        Processes(2, 3).signed(OSError),
+    ):
+        raise OSError("picture.jpg cannot be read\nat all")
+    with pytest.raises(OSError, match=r"^picture.jpg"), Processes(0, 3).signed(OSError):
+        raise OSError("picture.jpg cannot be read")
+    with pytest.raises(PeerLost), Processes(2, 3).signed(RuntimeError):
+        raise PeerLost("another process of this run has ended")
+
+
+@pytest.mark.slow
+def test_when_a_process_dies_the_first_one_says_so_in_a_sentence(tmp_path: Path, pictures: Path) -> None:
+    run = tmp_path / "run"
+    endless = ("schedule.iterations=100000", "validation.every_iterations=100000")
+    launched = subprocess.Popen(
+        torchrun_command(2, *settings(pictures, run, *endless)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while len(losses(run)) < 5 and launched.poll() is None:
+        time.sleep(0.02)
+    second = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()[-1]
+    os.kill(int(second), signal.SIGKILL)
+    _, said = launched.communicate(timeout=120)
+    own = [line for line in said.splitlines() if line.startswith("svf-fast: ")]
+    assert len(own) == 1, said
+    assert re.fullmatch(
+        rf"svf-fast: another process of this run has ended; .*{LAST} holds the run after step \d+", own[0]
+    )
+    # torchrun's own report has the traceback of its command, ours has none
+    assert "svf_fast/train" not in said
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path: Path, pictures: Path) -> None:
+    train(load_config("voc_folder", settings(pictures, tmp_path / "run")), resume=False, console=QUIET)
+    asked = ["eval", str(tmp_path / "run" / LAST), "--episodes", "7", "--seed", "1", "2", "run.device=cpu"]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    assert main([*asked, "--out", str(one)]) == 0
+    done = torchrun(2, "--out", str(two), command=tuple(asked))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("7 episodes, in %") == 1
+    assert json.loads(two.read_text())["per_seed"] == json.loads(one.read_text())["per_seed"]
+
+
 def evaluate_weights(folder: Path, root: Path) -> float:
     from svf_fast.train.judging import evaluate
 
@@ -169,6 +224,26 @@ def test_a_mistake_is_told_once(tmp_path: Path, pictures: Path) -> None:
     assert found.returncode != 0
     assert found.stderr.count("data.batch is 3, expected a multiple of 2: 2 processes times run.accumulate=1") == 1
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_only_the_statistics_that_follow_the_batch_are_shared_over_gpus() -> None:
+    class Method(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.follows, self.stays = nn.Sequential(nn.BatchNorm2d(4)), nn.BatchNorm2d(4)
+
+        def train(self, mode: bool = True) -> Method:
+            super().train(mode)
+            self.stays.eval()
+            return self
+
+    method = Method()
+    before = dict(method.named_parameters())
+    share_statistics(method, Processes(0, 2), 1, torch.device("cuda"))
+    assert [type(module) for module in (method.follows[0], method.stays)] == [nn.SyncBatchNorm, nn.BatchNorm2d]
+    assert all(parameter is before[name] for name, parameter in method.named_parameters())
+    with pytest.raises(ConfigError, match="2 processes share its statistics on GPUs only: use one process"):
+        share_statistics(method, Processes(0, 2), 1, torch.device("cpu"))
 
 
 def test_statistics_of_a_part_are_refused(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,22 +7,30 @@ import errno
 import io
 import json
 import math
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from run_fakes import FakeEpisodes, FakeMethod, fake_run
+from run_fakes import FakeEpisodes, FakeMethod, fake_run, require_same_ending, told
 from torch import Tensor
 
 from svf_fast.train import engine
 from svf_fast.train.batches import training_keys
 from svf_fast.train.checkpoint import load_checkpoint
-from svf_fast.train.engine import BEST, LAST, LOG, Run, TrainingError
+from svf_fast.train.config import ConfigError
+from svf_fast.train.engine import LAST, LOG, SCALARS, Run, TrainingError
 from svf_fast.train.journal import read_journal
 from svf_fast.train.methods import Losses, TrainingBatch
+from svf_fast.train.methods.dropout import Dropout2d
+from svf_fast.train.scalars import require_tensorboard
+from svf_fast.train.tasks import SeenClasses
+from svf_fast.train.validation import EpisodePlan
 
 
 class Crash(Exception):
@@ -58,25 +66,6 @@ def resumed(folder: Path, *overrides: str) -> Run:
     if (folder / LAST).is_file():
         run.restore(load_checkpoint(folder / LAST))
     return run
-
-
-def require_same_ending(folder: Path, expected: Path) -> None:
-    """Weights, momentum and best scores equal to the bit, and the log without a gap or a step told twice."""
-    for name in (LAST, BEST):
-        found, wanted = load_checkpoint(folder / name), load_checkpoint(expected / name)
-        assert found.state == wanted.state
-        for key, tensor in wanted.method.items():
-            assert torch.equal(found.method[key], tensor), key
-        for key, state in wanted.optimiser["state"].items():
-            assert torch.equal(found.optimiser["state"][key]["momentum_buffer"], state["momentum_buffer"])
-    assert told(folder) == told(expected)
-
-
-def told(folder: Path) -> list[dict[str, object]]:
-    """The log without what was measured and without beginnings."""
-    lines = [line for line in read_journal(folder / LOG) if line["kind"] != "start"]
-    measured = ("step_ms", "seconds", "peak_memory_mb")
-    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -317,3 +306,68 @@ def test_progress_shows_step_loss_rate_and_time_left(tmp_path: Path, is_terminal
     words = ["training", "/10", "loss ", "rate of head ", "ms a step", " left", "step 5: validation mIoU"]
     assert [word for word in words if word not in shown.getvalue()] == []
     assert ("\x1b" in shown.getvalue()) == is_terminal
+
+
+def test_episodes_of_the_seen_classes_are_judged_and_decide_nothing(tmp_path: Path, uninterrupted: Path) -> None:
+    run = fake_run(tmp_path)
+    seen = SeenClasses(FakeEpisodes(), (1, 2), EpisodePlan(2, 321))
+    parts = engine.Parts(run.method, run.parts.groups, replace(run.parts.task, seen=seen))
+    Run(run.config, parts, tmp_path, device=run.device, console=run.console).train()
+    found, alone = (
+        [line for line in told(folder) if line["kind"] == "validation"] for folder in (tmp_path, uninterrupted)
+    )
+    for line in found:
+        assert line.pop("training_miou") >= 0
+        assert 0 < line.pop("training_fb_iou") != line["fb_iou"]
+    assert found == alone
+
+
+def test_curves_for_tensorboard_go_on_after_a_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with pytest.raises(Crash):
+        fake_run(tmp_path, "run.tensorboard=true", method=WatchedMethod({6: crash})).train()
+    resumed(tmp_path, "run.tensorboard=true").train()
+    curves = accumulator.EventAccumulator(str(tmp_path / SCALARS)).Reload()
+    told_losses = [(line["iteration"], line["loss"]) for line in told(tmp_path) if line["kind"] == "step"]
+    shown = [(event.step, event.value) for event in curves.Scalars("step/loss")]
+    assert shown == [(step, pytest.approx(loss)) for step, loss in told_losses]
+    assert [event.step for event in curves.Scalars("validation/miou")] == [5, 10]
+    assert {"step/rates/head", "step/step_ms", "validation/class_iou/one"} <= set(curves.Tags()["scalars"])
+
+
+def test_tensorboard_that_is_not_there_is_said_before_the_run_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ConfigError, match=r"run.tensorboard is true, but the package is not installed"):
+        require_tensorboard()
+
+
+class Dropping(FakeMethod):
+    """With the dropout of the methods, whose draws torch.compile leaves as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = Dropout2d(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_takes_the_same_steps(tmp_path: Path) -> None:
+    losses = []
+    for compiled in ("false", "true"):
+        folder = tmp_path / compiled
+        run = fake_run(folder, f"run.compile={compiled}", method=Dropping())
+        assert run.train().is_finished
+        losses.append([line["loss"] for line in told(folder) if line["kind"] == "step"])
+        assert set(load_checkpoint(folder / LAST).method) == set(Dropping().state_dict())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_compiler_that_does_not_work_is_said_before_the_run_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler found\nat great length")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(ConfigError, match=r"run.compile is true, but .* for cpu here: no C\+\+ compiler found$"):
+        fake_run(tmp_path, "run.compile=true")

@@ -57,6 +57,17 @@ def test_supports_need_one_pixel_and_are_never_the_query(sampler: GeneralisedSam
     assert supports[4] == {"JPEGImages/novel_both.jpg", "JPEGImages/mixed.jpg"}
 
 
+def test_counts_of_several_processes_are_added(sampler: GeneralisedSampler) -> None:
+    metrics, label = GeneralisedMetrics(BASE, NOVEL), torch.tensor([[0, 1, 2, 3]])
+    metrics.update(torch.tensor([[0, 1, 1, 3]]), label, 4)
+    before = metrics.scores(7)
+    metrics.sum_over(lambda counts: 3 * counts)
+    after = metrics.scores(7)
+    assert (after.episodes, after.class_episodes) == (3, {2: 0, 4: 3})
+    assert after.class_iou == pytest.approx(before.class_iou)
+    assert after.fb_iou == pytest.approx(before.fb_iou)
+
+
 def test_a_class_with_too_few_pictures_is_named(root: Path) -> None:
     with pytest.raises(ValueError, match=r"class 2 \(two\) has 2 usable pictures.*2-shot episodes need 2"):
         GeneralisedSampler(VOCFolder(root).whole("list.txt", NOVEL), BASE, 2, 33, 7)

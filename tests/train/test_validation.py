@@ -3,7 +3,11 @@ figures put together by hand."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from svf_fast.train.batches import EpisodeSource
 from svf_fast.train.data.episodes import Episode, EpisodeSampler, collate
 from svf_fast.train.data.memory import SampleMemory
 from svf_fast.train.data.voc import VOCFolder
+from svf_fast.train.distributed import ALONE, Processes
 from svf_fast.train.evaluation import FewShotMetrics
 from svf_fast.train.methods import BAM
 from svf_fast.train.methods.bam import BAMOutputs
@@ -69,8 +74,10 @@ def scores_of(
     *,
     workers: int = 0,
     watch: Callable[[int, int], None] = lambda done, total: None,
+    processes: Processes = ALONE,
 ) -> Scores:
-    return validate(method, source, NOVEL, plan, workers=workers, device=torch.device("cpu"), watch=watch)
+    device = torch.device("cpu")
+    return validate(method, source, NOVEL, plan, workers=workers, device=device, watch=watch, processes=processes)
 
 
 def test_branches_are_scored_at_the_original_size_against_their_own_labels(
@@ -180,3 +187,51 @@ def test_permuted_order_belongs_to_the_seed(folder: VOCFolder, method: BAM) -> N
 
 def test_the_five_seeds_are_those_of_numpys_legacy_generator() -> None:
     assert list(FIVE_SEEDS) == np.random.RandomState(123).randint(0, 1000, 5).tolist()
+
+
+class InThreads(Processes):
+    """Processes whose place threads take: what they add up meets in ``shared``."""
+
+    def __init__(self, rank: int, size: int, shared: list[np.ndarray], barrier: threading.Barrier) -> None:
+        super().__init__(rank, size)
+        self.__dict__.update(shared=shared, barrier=barrier)
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        self.barrier.wait(30)
+        self.shared[self.rank] = values
+        self.barrier.wait(30)
+        return np.sum(self.shared, axis=0)
+
+
+def in_threads(size: int, work: Callable[[Processes], object]) -> list[object]:
+    shared, barrier = [np.zeros(0)] * size, threading.Barrier(size)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: work(InThreads(rank, size, shared, barrier)), range(size)))
+
+
+@pytest.mark.parametrize(("size", "batch"), [(2, 1), (2, 2), (3, 2), (4, 3)])
+def test_processes_that_divide_a_validation_all_get_the_scores_of_one(
+    sampler: EpisodeSampler, method: BAM, size: int, batch: int
+) -> None:
+    plan = EpisodePlan(9, 1, batch=batch)
+    found = in_threads(size, lambda processes: scores_of(deepcopy(method), sampler, plan, processes=processes))
+    assert found == [scores_of(method, sampler, plan)] * size
+
+
+def test_processes_may_agree_on_a_stop_after_every_round(sampler: EpisodeSampler, method: BAM) -> None:
+    """Seven batches of one over three: the last round is not everybody's."""
+
+    def until(asked: int | None, processes: Processes) -> list[int]:
+        seen: list[int] = []
+
+        def watch(done: int, total: int) -> None:
+            seen.append(done)
+            if processes.any(processes.rank == 1 and done == asked):
+                raise ValidationStopped
+
+        with nullcontext() if asked is None else pytest.raises(ValidationStopped):
+            scores_of(deepcopy(method), sampler, EpisodePlan(7, 1), watch=watch, processes=processes)
+        return seen
+
+    assert in_threads(3, lambda processes: until(None, processes)) == [[3, 6]] * 3
+    assert in_threads(3, lambda processes: until(3, processes)) == [[3]] * 3
