@@ -1,4 +1,4 @@
-"""The command line: ``svf-fast demo | prepare | config | train-base | train | eval | summary``. Turns arguments into calls
+"""The command line: ``svf-fast demo | prepare | config | train-base | train | reproduce | eval | summary``. Turns arguments into calls
 and errors into one line; decides nothing else. Exit status 0 on success, 2 when the user has to change something, 1 when
 a run fails or is stopped."""
 

@@ -116,6 +116,11 @@ def test_what_decides_the_result_does(tmp_path: Path, argument: str) -> None:
     assert planned(tmp_path, "resnet50+baseline+svf", argument).name != planned(tmp_path, "resnet50+baseline+svf").name
 
 
+def test_a_key_at_its_default_does_not_make_another_run(tmp_path: Path) -> None:
+    defaults = ("run.precision=float32", "backbone.width=64", "method.recompute=none")
+    assert planned(tmp_path, "resnet50+baseline+svf", *defaults).name == planned(tmp_path, "resnet50+baseline+svf").name
+
+
 def test_arguments_reach_the_runs_that_have_their_key(tmp_path: Path) -> None:
     arguments = [
         "method.bins=1,0.5",

@@ -172,6 +172,9 @@ class Reproduction:
         """Run what is not finished, collect and draw; the exit status."""
         self._require_places()
         self.quote(in_full=False)
+        random = [run.name for run in self.plan.runs.values() if run.starts_from_random_weights]
+        if random:
+            self._say(f"backbone.weights is not set for {len(random)} runs: their backbones start from random weights")
         self.request.out.mkdir(parents=True, exist_ok=True)
         with _sole(self.request.out) as lock:
             self._claim()
@@ -269,7 +272,7 @@ class Reproduction:
         folder = self.request.out / "figures" / f"fold{case.fold}-seed{case.seed}"
         try:
             paths = FIGURES[name].draw(finished, folder, console=self.console)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             self._say(f"{title}: not drawn: {error}")
             return
         notes = "".join(f"\n  {note}" for note in paper().figures[name].notes)

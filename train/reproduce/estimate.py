@@ -100,8 +100,7 @@ def training_pictures(config: StageConfig) -> int | None:
     novel class; of another list its lines."""
     data = config.data
     if data.train_list != "lists/train.txt":
-        path = Path(data.root or "") / data.train_list.replace("{fold}", str(data.fold))
-        return len(path.read_text(encoding="utf-8").splitlines()) if data.root and path.is_file() else None
+        return _lines(config, data.train_list)
     drops = data.drop_novel_images if isinstance(config, Config) else data.base_filter
     if data.folds == "pascal":
         everything, fold = PASCAL.list_lengths["train"], PASCAL.folds["pascal"][data.fold]
@@ -112,6 +111,12 @@ def training_pictures(config: StageConfig) -> int | None:
         shown = COCO.folds["coco"][data.fold]["val"].pictures / COCO.list_lengths["val"]
         return round(COCO.list_lengths["train"] * (1 - shown)) if drops else COCO.list_lengths["train"]
     return None
+
+
+def _lines(config: StageConfig, list_file: str) -> int | None:
+    """Of a list of the run's fold; None where it is not here."""
+    path = Path(config.data.root or "") / list_file.replace("{fold}", str(config.data.fold))
+    return len(path.read_text(encoding="utf-8").splitlines()) if config.data.root and path.is_file() else None
 
 
 def _validations(config: StageConfig, steps: int) -> int:
@@ -125,7 +130,8 @@ def _judged(config: Config | BaseConfig) -> int:
     """Samples of one validation."""
     if isinstance(config, Config):
         return config.validation.episodes + config.validation.training_episodes
-    return (COCO if config.data.folds.startswith("coco") else PASCAL).list_lengths["val"]
+    field = COCO if config.data.folds.startswith("coco") else PASCAL
+    return _lines(config, config.data.val_list) or field.list_lengths["val"]
 
 
 def _structure(config: Config | BaseConfig) -> Config | BaseConfig:

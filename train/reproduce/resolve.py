@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from svf_fast.train.backbones import RESNET_ONLY, BackboneConfig
-from svf_fast.train.config import BaseConfig, Config, StageConfig, config_from_plain, load_base_config, load_config
+from svf_fast.train.config import (
+    BaseConfig,
+    CadenceConfig,
+    Config,
+    ScheduleConfig,
+    ValidationConfig,
+    config_from_plain,
+    load_base_config,
+    load_config,
+)
 from svf_fast.train.engine import BEST
-from svf_fast.train.method_config import METHODS_WITH_OPTION
+from svf_fast.train.method_config import BASE_LEARNER, METHODS_WITH_OPTION, BaseLearnerConfig
 from svf_fast.train.reproduce.assignments import Assignments
 from svf_fast.train.reproduce.scale import SHAPES, Dataset, scale
 from svf_fast.train.runs import FREE_ON_RESUME
-from svf_fast.train.schema import flatten, leaf_hints, override
+from svf_fast.train.schema import flatten, override
 from svf_fast.train.shapes_backbone import Pretraining
 from svf_fast.train.tuning import option_names
 
@@ -29,8 +38,14 @@ BACKBONE_PARTS = ("resnet50", "vgg16")
 FIVE_SHOT = "five_shot"
 BASE_LEARNER_PARTS = {"pascal": "base_learner", "coco": "base_learner_coco"}
 
-_KEYS: dict[Schema, frozenset[str]] = {
-    schema: frozenset(key for key, _ in leaf_hints(schema)) for schema in (Config, BaseConfig)
+_SCHEDULE, _CADENCE = ScheduleConfig(iterations=1), ValidationConfig(every_iterations=1)  # have no defaults
+_DEFAULTS: dict[Schema, dict[str, Any]] = {
+    Config: flatten(Config(schedule=_SCHEDULE, validation=_CADENCE).to_plain()),
+    BaseConfig: flatten(
+        BaseConfig(
+            schedule=_SCHEDULE, validation=CadenceConfig(every_iterations=1), method=BaseLearnerConfig(BASE_LEARNER)
+        ).to_plain()
+    ),
 }
 
 
@@ -69,6 +84,11 @@ class PlannedRun:
     @property
     def note_file(self) -> Path:
         return self._beside("json")
+
+    @property
+    def starts_from_random_weights(self) -> bool:
+        takes_base_learner = isinstance(self.config, Config) and self.config.method.takes_base_learner
+        return self.config.backbone.weights is None and not takes_base_learner
 
     def _beside(self, ending: str) -> Path:
         return self.folder.with_name(f"{self.folder.name}.{ending}")
@@ -152,7 +172,8 @@ class Planner:
         changed: tuple[str, ...],
         needs: list[str],
     ) -> PlannedRun:
-        if self.dataset.scale == SHAPES and plain["backbone"]["weights"] is None and not needs:
+        has_weights = plain["backbone"]["weights"] is not None or plain["method"].get("base_learner") is not None
+        if self.dataset.scale == SHAPES and not has_weights:
             pretraining = self._pretraining(plain)
             plain["backbone"]["weights"] = pretraining.weights
             needs = [*needs, Path(pretraining.weights).stem]
@@ -179,7 +200,7 @@ class Planner:
 
 def takes(schema: Schema, plain: Mapping[str, Any], key: str) -> bool:
     """Whether a run has the key: its schema does, and its method, strategy or backbone has the option."""
-    if key not in _KEYS[schema]:
+    if key not in _DEFAULTS[schema]:
         return False
     section, _, name = key.partition(".")
     if section == "method" and name in METHODS_WITH_OPTION:
@@ -193,10 +214,15 @@ def takes(schema: Schema, plain: Mapping[str, Any], key: str) -> bool:
     return True
 
 
-def identity(config: StageConfig, needs: Iterable[str]) -> str:
+def identity(config: Config | BaseConfig, needs: Iterable[str]) -> str:
     """A short hash of all that decides a run's result: not of where things lie, but of the weights' file name and of what it
-    rests on."""
-    flat = {key: value for key, value in flatten(config.to_plain()).items() if key not in FREE_ON_RESUME}
+    rests on. Keys at their defaults are left out, so that a version with one key more still knows its runs."""
+    defaults = _DEFAULTS[type(config)]
+    flat = {
+        key: value
+        for key, value in flatten(config.to_plain()).items()
+        if key not in FREE_ON_RESUME and value != defaults[key]
+    }
     named = {"weights": config.backbone.weights}
     if isinstance(config, Config) and not needs:
         named["base_learner"] = config.method.base_learner
