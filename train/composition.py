@@ -78,6 +78,17 @@ def layers_of(name: str | Path) -> list[Layer]:
     return list(_layers(entry))
 
 
+def names_within(names: Sequence[str]) -> set[str]:
+    """Shipped parts and configurations by name, and all that they are composed of."""
+    found: set[str] = set()
+    for name in names:
+        entry = _parts().get(name) or shipped()[CONFIGURATIONS].get(name)
+        if entry is not None and isinstance(entry.content, dict):
+            found |= names_within(entry.content.get(COMPOSE, []))
+        found.add(name)
+    return found
+
+
 def merged(layers: Sequence[Layer]) -> PlainData:
     """The layers laid over each other, key by key within a section."""
     data: PlainData = {}

@@ -18,7 +18,7 @@ from svf_fast.train.batches import training_keys
 from svf_fast.train.checkpoint import Checkpoint, RunState, load_method_state, save_checkpoint
 from svf_fast.train.config import StageConfig
 from svf_fast.train.distributed import ALONE, PeerLost, Processes
-from svf_fast.train.footprint import peak_memory_mb
+from svf_fast.train.footprint import begin_peak, peak_memory_mb
 from svf_fast.train.interruption import StopRequest
 from svf_fast.train.journal import Journal, SilentJournal
 from svf_fast.train.precision import arithmetic
@@ -48,11 +48,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: ``is_finished`` is False when a signal stopped it; ``sentence`` says so to a person."""
+    """How a run ended: ``is_finished`` is False when a signal stopped it; ``sentence`` says so to a person. A signal that
+    came with the last step ``is_asked_to_stop``, for what would follow."""
 
     is_finished: bool
     state: RunState
     sentence: str
+    is_asked_to_stop: bool = False
 
 
 class Run:
@@ -99,6 +101,7 @@ class Run:
         Raises TrainingError on a loss or gradient that is not finite, before it reaches the weights, and when the disk
         takes no more; the checkpoints written so far stay.
         """
+        begin_peak(self.device)
         resumed_at = None if self._saved_iteration is None else self.state
         log = Journal(self.folder / LOG, resumed_at) if self.processes.is_first else SilentJournal()
         wants_scalars = self.config.run.tensorboard and self.processes.is_first
@@ -133,7 +136,7 @@ class Run:
         state = self.state
         best = {"best_miou": state.best_miou, "best_iteration": state.best_iteration}
         self._record("finished", **best, peak_memory_mb=peak_memory_mb(self.device))
-        return Outcome(True, replace(state), self._finished_sentence())
+        return Outcome(True, replace(state), self._finished_sentence(), self.processes.any(bool(self.stop)))
 
     def _batches(self) -> Generator[DeviceBatch, None, None]:
         data, task = self.config.data, self.parts.task

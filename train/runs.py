@@ -2,7 +2,7 @@
 checks that belong to a user's folder. Other programs that start runs use the functions here."""
 
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -72,7 +72,9 @@ def train(config: Config | BaseConfig, *, resume: bool, console: Console) -> Out
     processes = joined(config.run.device)
     quiet = console if processes.is_first else Console(quiet=True)
     mistakes = (ValueError, OSError)
-    run = processes.agreed(lambda: _build_run(config, processes, resume=resume, console=quiet), mistakes)
+    # agreed on first: the others would wait in the second for one that cannot get there
+    prepared = processes.agreed(lambda: _prepare(config, resume=resume, console=quiet), mistakes)
+    run = processes.agreed(lambda: _begin(config, prepared, processes, quiet), mistakes)
     with processes.signed(*mistakes, TrainingError, MemoryError, torch.OutOfMemoryError):
         return run.train()
 
@@ -125,7 +127,18 @@ def episode_plan(config: Config, seed: int) -> EpisodePlan:
     return EpisodePlan(rule.episodes, seed, rule.order, rule.batch)
 
 
-def _build_run(config: Config | BaseConfig, processes: Processes, *, resume: bool, console: Console) -> Run:
+@dataclass(frozen=True)
+class _Prepared:
+    """All of a run that one process can get, or fail to get, by itself."""
+
+    folder: Path
+    checkpoint: Checkpoint | None
+    device: torch.device
+    parts: Parts
+    data: str
+
+
+def _prepare(config: Config | BaseConfig, *, resume: bool, console: Console) -> _Prepared:
     if config.run.tensorboard:
         require_tensorboard()
     folder = require_run_folder(config, resume=resume)
@@ -140,18 +153,24 @@ def _build_run(config: Config | BaseConfig, processes: Processes, *, resume: boo
         parts, splits = _few_shot_parts(config, pretrained=is_new, console=console)
     else:
         parts, splits = _base_learner_parts(config, pretrained=is_new, console=console)
-    run = Run(config, parts, folder, device=device, console=console, processes=processes)
     data = data_digest(*splits)
-    if checkpoint is not None:
-        if checkpoint.state.data != data:
-            raise CheckpointError(
-                f"{folder / LAST} belongs to other data: the lists of {splits[0].root} select other pictures now; "
-                "a resumed run needs the pictures that it began with"
-            )
-        run.restore(checkpoint)
+    if checkpoint is not None and checkpoint.state.data != data:
+        raise CheckpointError(
+            f"{folder / LAST} belongs to other data: the lists of {splits[0].root} select other pictures now; "
+            "a resumed run needs the pictures that it began with"
+        )
+    return _Prepared(folder, checkpoint, device, parts, data)
+
+
+def _begin(config: Config | BaseConfig, prepared: _Prepared, processes: Processes, console: Console) -> Run:
+    """The run, which several processes can only build together."""
+    folder = prepared.folder
+    run = Run(config, prepared.parts, folder, device=prepared.device, console=console, processes=processes)
+    if prepared.checkpoint is not None:
+        run.restore(prepared.checkpoint)
     else:
         fold = fold_in(config.data)
-        run.state.data, run.state.novel, run.state.base = data, fold.novel, fold.base
+        run.state.data, run.state.novel, run.state.base = prepared.data, fold.novel, fold.base
         if config.backbone.weights is None and not (isinstance(config, Config) and config.method.takes_base_learner):
             line = "backbone.weights is not set: the backbone starts from random weights"
             console.print(line, highlight=False, markup=False, soft_wrap=True)

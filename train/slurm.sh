@@ -27,10 +27,10 @@ read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 is_told=
 trap 'is_told=yes; kill -TERM "$!" || true' USR1
 
-# Seconds that torchrun leaves the processes to stop in: they end the step, and a validation that has begun.
+# Seconds that torchrun leaves the processes to stop in: they end the step, or the round of a validation.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
 
-srun --kill-on-bad-exit=1 torchrun \
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-16}" torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" \
     --nproc-per-node="$gpus_per_node" \
     --rdzv-id="$SLURM_JOB_ID" \

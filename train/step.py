@@ -21,6 +21,9 @@ from svf_fast.train.schedule import factor
 from svf_fast.train.tasks import DeviceBatch, Task
 from svf_fast.train.tuning import ParameterGroup
 
+# Of the gradients' norm, between compiled and not: far above what rounding does, far below what a wrong kernel does.
+_MOST_DIFFERENCE = 0.1
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -75,9 +78,7 @@ class Stepper:
         self.base_rates = base_rates(config, groups)
         self._tuned = [parameter for group in groups for parameter in group["params"]]
         self._losses: nn.Module = _TaskLosses(method, task)
-        if config.run.compile:
-            # PyTorch's own generators: compiled or not, dropout draws the same
-            self._losses.compile(options={"fallback_random": True})
+        self._to_compile: nn.Module | None = self._losses if config.run.compile else None
         if processes.size > 1:
             # Buffers need no broadcast: statistics are frozen, or synchronised. A stage that nothing reads (layer 4
             # with the prior from layer 3) has no gradient.
@@ -101,6 +102,8 @@ class Stepper:
             group["lr"] = rates[group["name"]]
         self.method.train()
         self.optimiser.zero_grad(set_to_none=True)
+        if self._to_compile is not None and self._compiled(self._to_compile, batches, iteration):
+            self._to_compile = None
         loss, parts = self._backward(batches, iteration)
         self.scaler.unscale_(self.optimiser)
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in self._tuned if p.grad is not None]))
@@ -111,6 +114,32 @@ class Stepper:
         if np.isfinite(loss):
             self.scaler.update()
         return StepResult(loss, parts, norm, rates, is_finite, scale)
+
+    def _compiled(self, losses: nn.Module, batches: Sequence[DeviceBatch], iteration: int) -> bool:
+        """Compile ``losses``; ConfigError unless the gradients of ``batches`` are what they were before. False where those
+        overflow, as fp16's first ones do, and tell nothing."""
+        expected = self._trial(batches, iteration)
+        if not bool(torch.isfinite(expected).all()):
+            return False
+        # PyTorch's own generators: compiled or not, dropout draws the same
+        losses.compile(options={"fallback_random": True})
+        difference = float((self._trial(batches, iteration) - expected).norm())
+        norm = float(expected.norm())
+        if not difference <= _MOST_DIFFERENCE * norm:
+            self.processes.agreed(lambda: _refuse_compiled(difference / norm), (ConfigError,))
+        return True
+
+    def _trial(self, batches: Sequence[DeviceBatch], iteration: int) -> Tensor:
+        """Gradients of a step that is not taken, in one row."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.method.buffers()]
+        self._backward(batches, iteration)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._tuned]
+        found = torch.cat([gradient.flatten() for gradient in gradients])
+        self.optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return found
 
     def _backward(self, batches: Sequence[DeviceBatch], iteration: int) -> tuple[float, dict[str, float]]:
         """Gradients of the mean over all pixels of the whole batch that are not void, and the losses.
@@ -185,6 +214,13 @@ def share_statistics(method: nn.Module, processes: Processes, parts: int, device
     # those alone: what keeps its statistics has classes of its own
     for name in following:
         method.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(method.get_submodule(name)))
+
+
+def _refuse_compiled(difference: float) -> None:
+    raise ConfigError(
+        f"run.compile is true, but the compiled gradients are others (they differ by {difference:.2g} of their norm): "
+        "use run.compile=false"
+    )
 
 
 def _require_compiler(device: torch.device) -> None:

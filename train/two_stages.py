@@ -100,8 +100,8 @@ def train_two_stages(base: BaseConfig, config: Config, *, resume: bool, console:
     else:
         _say(speaker, f"first stage: a base learner in {base.run.dir}")
         outcome = train(base, resume=resume, console=console)
-        if not outcome.is_finished:
-            return outcome
+        if not outcome.is_finished or outcome.is_asked_to_stop:
+            return replace(outcome, is_finished=False)
         _say(speaker, outcome.sentence)
     _say(speaker, f"second stage: {config.method.name} in {config.run.dir}")
     return train(config, resume=resume, console=console)

@@ -70,7 +70,9 @@ class _Branches:
 
     def final_logits(self, batch: EpisodeBatch) -> Tensor:
         """The ensemble's logits [B, 2, S, S]."""
-        found = self.method.outputs(batch.query_images, batch.support_images, batch.support_labels)
+        # of a base class the base map leaves out its own, as in training; a novel one has no category
+        left_out = batch.categories if self.method.training_base_map == "others" else None
+        found = self.method.outputs(batch.query_images, batch.support_images, batch.support_labels, categories=left_out)
         for logits, label, class_id in zip(found.meta, batch.original_labels, batch.class_ids, strict=True):
             self.meta.update(logits, label, class_id)
         for logits, base_label in zip(found.base, base_labels_of(batch), strict=True):

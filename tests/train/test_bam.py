@@ -79,6 +79,15 @@ def test_shots_are_weighed_by_their_factors_whatever_their_order():
     torch.testing.assert_close(permuted.prior, low.prior)
 
 
+def test_channel_cosines_of_many_large_features_are_finite_in_half_precision():
+    features = 5.0 + torch.rand(1, 4, 64, 64)
+    with torch.autocast("cpu", torch.float16):
+        found = channel_cosines(features.half())
+    # one channel's squares sum up to more than fp16 holds
+    assert features.square().sum(dim=(2, 3)).min() > 65504
+    torch.testing.assert_close(found, channel_cosines(features), rtol=1e-3, atol=1e-3)
+
+
 def test_channel_cosines_and_their_distance():
     generator = torch.Generator().manual_seed(1)
     first, second = (torch.randn(2, 4, 3, 5, dtype=torch.float64, generator=generator) for _ in range(2))

@@ -219,6 +219,29 @@ def evaluate_weights(folder: Path, root: Path) -> float:
 
 
 @pytest.mark.slow
+def test_what_one_process_alone_cannot_do_is_told_and_ends_all(tmp_path: Path, pictures: Path) -> None:
+    """The second process looks for its pictures where there are none; the first one would wait for it."""
+    script = tmp_path / "lone.py"
+    script.write_text(
+        "import os, sys\nfrom svf_fast.train.cli import main\n"
+        "second = os.environ['RANK'] == '1'\n"
+        "sys.exit(main([a.replace('DATA', '/nowhere' if second else os.environ['DATA']) for a in sys.argv[1:]]))\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    given = settings(Path("DATA"), tmp_path / "run")
+    found = subprocess.run(
+        [sys.executable, *launcher, "train", "voc_folder", *given],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DATA": str(pictures)},
+    )
+    assert found.returncode != 0
+    assert found.stderr.count("process 1 of 2: data root /nowhere is not a folder") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_mistake_is_told_once(tmp_path: Path, pictures: Path) -> None:
     found = torchrun(2, *settings(pictures, tmp_path / "run", "data.batch=3"))
     assert found.returncode != 0

@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 from run_fakes import FakeEpisodes, FakeMethod, fake_run, require_same_ending, told
-from torch import Tensor
+from torch import Tensor, nn
 
 from svf_fast.train import engine
 from svf_fast.train.batches import training_keys
@@ -360,6 +360,27 @@ def test_a_compiled_run_takes_the_same_steps(tmp_path: Path) -> None:
         losses.append([line["loss"] for line in told(folder) if line["kind"] == "step"])
         assert set(load_checkpoint(folder / LAST).method) == set(Dropping().state_dict())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("error", [0.01, 1.0])
+def test_compiled_gradients_that_are_others_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
+) -> None:
+    def compile_wrongly(module: nn.Module, **_: object) -> None:
+        def wrong(*batch: object) -> tuple[Tensor, object]:
+            total, parts = module.forward(*batch)
+            return total - error * (total - total.detach()), parts
+
+        module._compiled_call_impl = wrong
+
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(nn.Module, "compile", compile_wrongly)
+    run = fake_run(tmp_path, "run.compile=true")
+    if error < 0.1:
+        assert run.train().is_finished
+        return
+    with pytest.raises(ConfigError, match=r"compiled gradients are others \(they differ by 1 of their norm\)"):
+        run.train()
 
 
 def test_a_compiler_that_does_not_work_is_said_before_the_run_begins(

@@ -137,6 +137,19 @@ def test_a_mean_without_all_folds_is_partial_and_says_so(table: Table) -> None:
     assert row.rank is None
 
 
+def test_a_partial_mean_names_the_folds_that_are_not_in_it(table: Table) -> None:
+    apart = table("5", lambda key, case: finished(0.6) if case.fold == case.seed else Outcome("not run"), seeds=(0, 1))
+    assert row_of(apart, "svf").mean.status == "partial: without folds 2, 3, not every seed in every fold"
+
+
+def test_a_row_gains_over_the_one_that_the_paper_prints_it_against(table: Table) -> None:
+    scores = {"frozen": 0.6, "svf": 0.62}
+    collected = table("5", lambda key, case: finished(scores[key]), rows=("frozen", "svf"))
+    assert (row_of(collected, "frozen").gain, row_of(collected, "svf").gain) == (None, pytest.approx(2.0))
+    assert "+2.07" in markdown(collected, ELSEWHERE)
+    assert "+2.00" in markdown(collected, ELSEWHERE)
+
+
 def test_a_mean_without_all_seeds_says_so(table: Table) -> None:
     outcomes = {1: finished(0.6), 2: Outcome("not run")}
     row = row_of(table("5", lambda key, case: outcomes[case.seed], seeds=(1, 2)), "svf")

@@ -267,3 +267,25 @@ def test_a_row_whose_layer_the_backbone_does_not_have_does_not_apply(tmp_path: P
     assert "does not apply: stages is ('layer4',)" in told
     assert "1 runs, 1 of them not finished, and 1 that do not apply" in told
     assert "400 steps, under 0.01 GPU hours" in told
+
+
+def test_a_part_reaches_the_rows_that_are_composed_of_it_by_way_of_others(tmp_path: Path) -> None:
+    argument = "svf.optimiser.svf_lr_scale=50"
+    scales = {
+        parts: planned(tmp_path, f"resnet50+baseline+{parts}", argument).config.to_plain()["optimiser"]["svf_lr_scale"]
+        for parts in ("svf", "svf_u", "svf_layer_4", "bn_svf", "full", "frozen")
+    }
+    assert scales == {"svf": 50, "svf_u": 50, "svf_layer_4": 50, "bn_svf": 50, "full": 0.1, "frozen": 0.1}
+
+
+def test_what_a_run_on_a_base_learner_is_said_to_change_is_what_it_has(tmp_path: Path) -> None:
+    run = planned(tmp_path, "resnet50+bam+svf", "backbone.weights=/weights.pth")
+    changed = dict(text.split("=", 1) for text in run.changed)
+    assert "backbone.weights" not in changed
+    assert changed["method.base_learner"] == str(run.config.to_plain()["method"]["base_learner"])
+
+
+def test_memory_holds_what_a_forward_needs_at_one_time(tmp_path: Path) -> None:
+    """One map of VGG-16's first convolution, of 8 queries with 5 supports each, all supports at once."""
+    found = estimate.cost(planned(tmp_path, "vgg16+baseline+frozen", case=Case(5, 0, 321)).config)
+    assert found.memory_bytes > 8 * 5 * 64 * 473 * 473 * 4

@@ -17,7 +17,7 @@ from svf_fast.train.cli import main
 
 SCRIPT = Path(svf_fast.train.__file__).resolve().parent / "slurm.sh"
 # srun runs its command in its own place; scontrol notes what is asked of it; torchrun notes its arguments and is busy
-SRUN = 'shift; exec "$@"'
+SRUN = 'shift 2; exec "$@"'
 SCONTROL = 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> asked; fi'
 TORCHRUN = """printf '%s\\n' "$@" > launched.part; mv launched.part launched
 trap 'exit 1' TERM

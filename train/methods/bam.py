@@ -125,9 +125,17 @@ class BAM(ASPPLearner):
         low = self.segment(query_image, support_images, support_labels)
         return resize(low.final, query_image.shape[-2:])
 
-    def outputs(self, query_image: Tensor, support_images: Tensor, support_labels: Tensor) -> BAMOutputs:
-        """Of ``forward``'s arguments, the ensemble's map and those of its two learners."""
-        low = self.segment(query_image, support_images, support_labels)
+    def outputs(
+        self,
+        query_image: Tensor,
+        support_images: Tensor,
+        support_labels: Tensor,
+        *,
+        categories: Tensor | None = None,
+    ) -> BAMOutputs:
+        """Of ``forward``'s arguments, the ensemble's map and those of its two learners; ``categories`` as of
+        :meth:`segment`."""
+        low = self.segment(query_image, support_images, support_labels, categories=categories)
         return BAMOutputs(*(resize(logits, query_image.shape[-2:]) for logits in (low.final, low.meta, low.base)))
 
     def losses(self, batch: TrainingBatch) -> Losses:
@@ -269,8 +277,11 @@ def channel_cosines(features: Tensor) -> Tensor:
     """The paper's Gram matrix, normalised as in the authors' code: cosine between channels over positions, [N, C, h,
     w] -> [N, C, C]. A channel of zeros has cosine 0; its gradient, up to 1/eps, ends at the ReLU that made it zero."""
     channels = features.flatten(2)
-    norms = torch.linalg.vector_norm(channels, dim=2)
-    return channels @ channels.mT / (norms[:, :, None] * norms[:, None, :] + EPSILON)
+    # squares summed over thousands of positions do not fit into fp16
+    with torch.autocast(features.device.type, enabled=False):
+        channels = channels if channels.dtype == torch.float64 else channels.float()
+        norms = torch.linalg.vector_norm(channels, dim=2)
+        return channels @ channels.mT / (norms[:, :, None] * norms[:, None, :] + EPSILON)
 
 
 def adjustment_factor(query: Tensor, support: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from svf_fast.train.methods.dropout import Dropout2d
 
 
+# Left out of compiled graphs: TorchInductor (2.13) may read the sums of its backward before they are made, and gradients
+# become 0.
+@torch.compiler.disable
 def resize(features: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear with aligned corners, as everywhere in PFENet and BAM; the tensor itself when it has that size."""
     if tuple(features.shape[-2:]) == tuple(size):

@@ -50,7 +50,7 @@ class Assignments:
         self._taken: set[Assignment] = set()
 
     def of(self, parts: Sequence[str], schema: type[StageConfig]) -> Iterator[Assignment]:
-        """Those for a run that is composed from ``parts``."""
+        """Those for a run that is composed from ``parts``, directly or by way of other parts."""
         is_base = issubclass(schema, BaseConfig)
         names = {*parts, BASE} if is_base else set(parts)
         for assignment in self._all:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from svf_fast.train.reproduce.manifest import FOLDS, Metric, Published, Row, Table
 from svf_fast.train.reproduce.outcomes import Outcome
@@ -51,6 +51,7 @@ class CollectedRow:
     quoted: str | None = None
     paper_rank: int | None = None
     rank: int | None = None
+    gain: float | None = None  # over the row that the paper's printed difference is to
 
     @property
     def difference(self) -> float | None:
@@ -116,7 +117,7 @@ def collect(
             published = row.published[each]
             beside = _paper(published, folds) if is_of_paper else published.mean
             collected.append(_row(key, row, published, beside, own, table.metric, tuple(folds), tuple(seeds)))
-        blocks.append(Block(each, tuple(_ranked(collected))))
+        blocks.append(Block(each, tuple(_with_gains(_ranked(collected), table))))
     return CollectedTable(number, table, tuple(folds), tuple(seeds), tuple(blocks))
 
 
@@ -191,8 +192,11 @@ def _mean_cell(
     there = [cell.value for cell in cells if cell.value is not None]
     if not there:
         return Cell(status=_why(list(by_case.values())))
-    lacking = [str(fold) for fold, cell in zip(folds, cells, strict=True) if not cell.is_whole]
-    return Cell(statistics.fmean(there), status=f"partial: without fold{'s' * (len(lacking) > 1)} {', '.join(lacking)}")
+    lacking = [str(fold) for fold, cell in zip(folds, cells, strict=True) if cell.value is None]
+    reasons = [f"without fold{'s' * (len(lacking) > 1)} {', '.join(lacking)}"] if lacking else []
+    if any(cell.value is not None and not cell.is_whole for cell in cells):
+        reasons.append("not every seed in every fold")
+    return Cell(statistics.fmean(there), status=f"partial: {', '.join(reasons)}")
 
 
 def _why(runs: Sequence[RowRun]) -> str:
@@ -212,6 +216,16 @@ def _why(runs: Sequence[RowRun]) -> str:
 
 def _spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _with_gains(rows: Sequence[CollectedRow], table: Table) -> list[CollectedRow]:
+    """What each row has more than the one that it is printed against, where both means are whole."""
+    means = {row.key: row.mean.value for row in rows if row.mean.is_whole}
+    found = []
+    for row in rows:
+        own, other = means.get(row.key), means.get(str(table.rows[row.key].against))
+        found.append(row if own is None or other is None else replace(row, gain=own - other))
+    return found
 
 
 def _ranked(rows: Sequence[CollectedRow]) -> list[CollectedRow]:

@@ -245,20 +245,25 @@ class Reproduction:
                 )
 
     def _claim(self) -> None:
-        """The folder is of one data set: the names of its runs do not tell where their pictures lie."""
-        path, wanted = self.request.out / _CLAIM, {"dataset": str(self.request.dataset)}
-        if not path.is_file():
-            write_atomically(path, lambda file: file.write((json.dumps(wanted) + "\n").encode()))
-            return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = {}
-        if found != wanted:
+        """The folder is of one data set, in one place: the names of its runs do not tell where their pictures lie."""
+        path, dataset = self.request.out / _CLAIM, str(self.request.dataset)
+        roots = {
+            run.config.data.folds: str(Path(str(run.config.data.root)).absolute()) for run in self.plan.runs.values()
+        }
+        found: dict[str, Any] = {"dataset": dataset, "roots": {}}
+        if path.is_file():
+            try:
+                found |= json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                found["dataset"] = "something else"
+        before = {folds: root for folds, root in found["roots"].items() if roots.get(folds, root) != root}
+        if found["dataset"] != dataset or before:
+            there, here = (before, {folds: roots[folds] for folds in before}) if before else (found["dataset"], dataset)
             raise ValueError(
-                f"--out: {self.request.out} holds runs on {found.get('dataset', 'something else')}, expected "
-                f"{self.request.dataset}: give another folder"
+                f"--out: {self.request.out} holds runs on {there}, expected {here}: give another folder, or the same data"
             )
+        wanted = {"dataset": dataset, "roots": found["roots"] | roots}
+        write_atomically(path, lambda file: file.write((json.dumps(wanted) + "\n").encode()))
 
     def _draw(self, name: str, case: Case, runs: Sequence[tuple[str, PlannedRun]]) -> None:
         from svf_fast.train.paper_figures import FIGURES, FinishedRun  # matplotlib comes with it

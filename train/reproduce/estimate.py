@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from svf_fast.memory import kept_bytes
 from svf_fast.train.assembly import build_base_learner, build_model
 from svf_fast.train.config import (
     BaseConfig,
@@ -28,6 +27,7 @@ from svf_fast.train.data.folds import FOLD_RULES
 from svf_fast.train.methods import Losses
 from svf_fast.train.precision import Precision
 from svf_fast.train.prepare.expected import COCO, PASCAL
+from svf_fast.train.reproduce.live_bytes import LiveBytes
 
 Shape = Sequence[int]
 
@@ -40,12 +40,12 @@ RATES: dict[Precision, float] = {
     "bf16": _STEP_TFLOP * 1e12 / 0.0101,
     "fp16": _STEP_TFLOP * 1e12 / 0.0101,
 }
-ALLOWANCE_BYTES = 1_500_000_000  # CUDA's context, workspaces of convolutions, maps that live for one operation
+ALLOWANCE_BYTES = 1_500_000_000  # CUDA's context, workspaces of convolutions, what the allocator cannot use
 BASIS = (
     "GPU hours are a lower bound for one H200: FLOPs over the rate at which it took a training step of layers 2-4 (float32 as TF32 "
     f"{RATES['float32'] / 1e12:.0f}, bf16 and fp16 {RATES['bf16'] / 1e12:.0f} TFLOP/s, launched as one CUDA graph); validations included, "
-    "loading, writing and launches left out, early stopping not reckoned with. GPU memory is in float32: bytes kept for backward, "
-    f"parameters, their gradients and momentum, and {ALLOWANCE_BYTES / 1e9:.1f} GB for all else."
+    "loading, writing and launches left out, early stopping not reckoned with. GPU memory is in float32: the most that "
+    f"tensors of a step take at one time, parameters and their momentum, and {ALLOWANCE_BYTES / 1e9:.1f} GB for all else."
 )
 
 
@@ -149,7 +149,8 @@ def _structure(config: Config | BaseConfig) -> Config | BaseConfig:
         method = replace(config.method, base_learner=None, backbone_init=None)
         data = replace(common["data"], drop_novel_images=True)
         return replace(
-            config, **{**common, "data": data}, method=method, validation=ValidationConfig(every_iterations=1),
+            config, **{**common, "data": data}, method=method,
+            validation=ValidationConfig(every_iterations=1, shots=config.validation.shots),
             optimiser=type(config.optimiser)(),
         )  # fmt: skip
     return replace(config, **common, optimiser=type(config.optimiser)())
@@ -182,12 +183,11 @@ def _measure_pictures(config: BaseConfig) -> _Measured:
 def _step(method: nn.Module, batch: Iterable[Tensor], losses: Callable[[], Losses]) -> tuple[int, int]:
     """FLOPs and bytes (see BASIS) of a training step."""
     owned = [*method.parameters(), *method.buffers(), *batch]
-    totals: list[Tensor] = []
-    with _counter() as counter:
-        kept = kept_bytes(lambda: totals.append(losses().total), owned=owned)
-        totals[0].backward()
+    with _counter() as counter, LiveBytes() as live:
+        losses().total.backward()
     trained = sum(parameter.nbytes for parameter in method.parameters() if parameter.requires_grad)
-    return counter.get_total_flops(), kept + sum(tensor.nbytes for tensor in owned) + 2 * trained + ALLOWANCE_BYTES
+    # the gradients are among what lived; momentum is not
+    return counter.get_total_flops(), live.peak + sum(tensor.nbytes for tensor in owned) + trained + ALLOWANCE_BYTES
 
 
 def _forward(method: nn.Module, predict: Callable[[], Tensor]) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from svf_fast.train.reproduce.estimate import BASIS, Cost, cost
-from svf_fast.train.reproduce.outcomes import read_outcome
+from svf_fast.train.reproduce.outcomes import Outcome, read_outcome
 from svf_fast.train.reproduce.resolve import Plan, PlannedRun
 
 
@@ -55,20 +57,27 @@ class Quotation:
         lines = [
             f"{len(costs)} runs, {len(left)} of them not finished"
             + (f", and {apart} that do not apply" if apart else "")
-            + f": {_hours(known)} GPU hours in all{unknown}, at most {most / 1e9:.1f} GB of GPU memory a run",
+            + f": {_hours(known)} GPU hours in all{unknown}, up to {most / 1e9:.1f} GB of GPU memory a run",
             BASIS,
         ]
         if not torch.cuda.is_available():
             lines.append("There is no GPU here: on this machine's CPU the runs take far longer than these hours.")
-        measured = [outcomes[name].seconds for name in costs if outcomes[name].state == "finished"]
-        measured = [seconds for seconds in measured if seconds > 0]
-        if measured:
-            mean = sum(measured) / len(measured)
-            lines.append(
-                f"Measured here: {len(measured)} finished runs took {mean / 3600:.3f} hours each on average; the {len(left)} that are "
-                f"left would take {mean * len(left) / 3600:.2f} hours one after the other."
-            )
-        return lines
+        return [*lines, *self._from_measured(costs, outcomes, left)]
+
+    def _from_measured(
+        self, costs: Mapping[str, Cost], outcomes: Mapping[str, Outcome], left: Sequence[str]
+    ) -> list[str]:
+        """What finished runs took here, and so what the others would: in the proportion of their estimates."""
+        done = [name for name in costs if outcomes[name].state == "finished" and outcomes[name].seconds > 0]
+        estimated = [costs[name].gpu_hours for name in (*done, *left)]
+        if not done or None in estimated:
+            return []
+        hours = sum(outcomes[name].seconds for name in done) / 3600
+        share = sum(costs[name].gpu_hours or 0 for name in left) / sum(costs[name].gpu_hours or 0 for name in done)
+        return [
+            f"Measured here: {len(done)} finished runs took {hours:.2f} hours, each by its own clock; by their estimates the "
+            f"{len(left)} that are left would take {hours * share:.2f}, as many at a time."
+        ]
 
 
 def _estimate(found: Cost) -> str:

@@ -118,6 +118,7 @@ def _plain_row(row: CollectedRow) -> dict[str, Any]:
         "paper": row.paper,
         "mean": asdict(row.mean),
         "difference": row.difference,
+        "gain": row.gain,
         "paper_rank": row.paper_rank,
         "rank": row.rank,
         "folds": [asdict(cell) for cell in row.folds],
@@ -146,7 +147,9 @@ def _grids(collected: CollectedTable, about: Circumstances) -> list[_Grid]:
 def _grid(collected: CollectedTable, block: Block, about: Circumstances) -> _Grid:
     name = "mIoU" if collected.table.metric == "miou" else "FB-IoU"
     middle = ["difference"] if about.is_of_paper else ["rank, paper", "rank, here"]
-    head = [*collected.table.columns, "paper", "here", *middle, *(f"fold {fold}" for fold in collected.folds)]
+    has_gains = any(collected.table.rows[row.key].against for row in block.rows)
+    gains = ["gain, paper", "gain, here"] if has_gains else []
+    head = [*collected.table.columns, "paper", "here", *middle, *gains, *(f"fold {fold}" for fold in collected.folds)]
     rows = []
     for row in block.rows:
         compared = [_signed(row.difference)] if about.is_of_paper else [_rank(row.paper_rank), _rank(row.rank)]
@@ -154,6 +157,8 @@ def _grid(collected: CollectedTable, block: Block, about: Circumstances) -> _Gri
             _with_paper(cell, row, fold) if about.is_of_paper else _shown(cell)
             for fold, cell in zip(collected.folds, row.folds, strict=True)
         ]
+        if has_gains:
+            compared += [_signed(row.published.difference), _signed(row.gain)]
         rows.append([*row.labels, _printed(row), _shown(row.mean), *compared, *folds])
     return _Grid(f"{block.shots}-shot, {name}, %", head, rows)
 
@@ -197,6 +202,8 @@ def _remarks(collected: CollectedTable, about: Circumstances) -> list[str]:
         remarks.append(f"Only the folds {', '.join(map(str, collected.folds))}{beside}.")
     if about.is_of_paper and any(row.published.folds for block in collected.blocks for row in block.rows):
         remarks.append("In brackets: the paper's figure of the fold.")
+    if any(row.against for row in table.rows.values()):
+        remarks.append("Gain: over the row that the paper prints its difference to.")
     remarks += table.notes
     for slip in table.slips:
         if slip.row in rows and slip.shots in shots:

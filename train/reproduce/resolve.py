@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from svf_fast.train.backbones import RESNET_ONLY, BackboneConfig
+from svf_fast.train.composition import names_within
 from svf_fast.train.config import (
     BaseConfig,
     CadenceConfig,
@@ -121,7 +122,7 @@ class Planner:
         the user's does not fit it."""
         data = self._scale.data or data
         parts = (data, *parts, *((FIVE_SHOT,) if case.shots == 5 else ()))
-        plain, changed = self._settings(parts, Config, case.fold, case.seed, has_curves=has_curves)
+        plain, before = self._settings(parts, Config, case.fold, case.seed, has_curves=has_curves)
         needs: list[str] = []
         method = plain["method"]
         if method["name"] == "bam" or method["backbone_init"] == "base_learner":
@@ -133,22 +134,23 @@ class Planner:
             else:
                 method["base_learner"] = method["base_learner"].replace("{fold}", str(case.fold))
         suffix = [*(["curves"] if has_curves else []), f"fold{case.fold}", f"{case.shots}shot", f"seed{case.seed}"]
-        return self._add(Config, plain, parts, suffix, changed, needs)
+        return self._add(Config, plain, parts, suffix, before, needs)
 
     def base_learner(self, data: str, parts: Sequence[str], case: Case) -> PlannedRun:
         """BAM's first stage for a run of ``parts``: one for all of the same data set, backbone, fold and seed."""
         backbone = next(part for part in parts if part in BACKBONE_PARTS)
         own_parts = (data, backbone, BASE_LEARNER_PARTS[data])
-        plain, changed = self._settings(own_parts, BaseConfig, case.fold, case.seed)
-        return self._add(BaseConfig, plain, own_parts, [f"fold{case.fold}", f"seed{case.seed}"], changed, [])
+        plain, before = self._settings(own_parts, BaseConfig, case.fold, case.seed)
+        return self._add(BaseConfig, plain, own_parts, [f"fold{case.fold}", f"seed{case.seed}"], before, [])
 
     def _settings(
         self, parts: Sequence[str], schema: Schema, fold: int, seed: int, *, has_curves: bool = False
-    ) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """Plain settings, and what was set on top of the parts."""
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Plain settings, and as dotted keys what they were by the parts alone."""
         plain = _composed("+".join(parts), schema)
         before = flatten(plain)
-        for key, value in self._scale.settings_of(parts, has_curves=has_curves):
+        reached = sorted(names_within(parts))
+        for key, value in self._scale.settings_of(reached, has_curves=has_curves):
             if takes(schema, plain, key):
                 _set(plain, key, copy.deepcopy(value))
         if self.dataset.root is not None:
@@ -156,12 +158,11 @@ class Planner:
         if self.dataset.scale == SHAPES:
             plain["data"]["root"] = str(self.shapes.absolute())
         plain["data"]["fold"], plain["run"]["seed"] = fold, seed
-        for assignment in self.assignments.of(parts, schema):
+        for assignment in self.assignments.of(reached, schema):
             if takes(schema, plain, assignment.key):
                 override(schema, plain, assignment.text)
                 self.assignments.took(assignment)
-        after = flatten(plain)
-        return plain, tuple(f"{key}={_shown(after[key])}" for key in after if after[key] != before.get(key))
+        return plain, before
 
     def _add(
         self,
@@ -169,7 +170,7 @@ class Planner:
         plain: dict[str, Any],
         parts: Sequence[str],
         suffix: Sequence[str],
-        changed: tuple[str, ...],
+        before: Mapping[str, Any],
         needs: list[str],
     ) -> PlannedRun:
         has_weights = plain["backbone"]["weights"] is not None or plain["method"].get("base_learner") is not None
@@ -177,6 +178,8 @@ class Planner:
             pretraining = self._pretraining(plain)
             plain["backbone"]["weights"] = pretraining.weights
             needs = [*needs, Path(pretraining.weights).stem]
+        after = flatten(plain)
+        changed = tuple(f"{key}={_shown(after[key])}" for key in after if after[key] != before.get(key))
         config = config_from_plain(plain, (), schema)
         name = "-".join([*(part for part in parts if part != FIVE_SHOT), *suffix, identity(config, needs)])
         if name not in self.plan.runs:
