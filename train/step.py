@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from svf_fast.train.assembly import base_rates
 from svf_fast.train.config import ConfigError, StageConfig
-from svf_fast.train.distributed import Processes
+from svf_fast.train.distributed import PeerLost, Processes
 from svf_fast.train.methods.dropout import Rows, rows_at_work
 from svf_fast.train.precision import arithmetic
 from svf_fast.train.schedule import factor
@@ -123,7 +123,16 @@ class Stepper:
             return False
         # PyTorch's own generators: compiled or not, dropout draws the same
         losses.compile(options={"fallback_random": True})
-        difference = float((self._trial(batches, iteration) - expected).norm())
+        try:
+            found = self._trial(batches, iteration)
+        except (RuntimeError, AssertionError) as error:  # a compiler's errors have no class in common
+            if isinstance(error, (torch.OutOfMemoryError, PeerLost)):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"run.compile is true, but this model does not compile (go on with run.compile=false --resume): {reason}"
+            ) from error
+        difference = float((found - expected).norm())
         norm = float(expected.norm())
         if not difference <= _MOST_DIFFERENCE * norm:
             self.processes.agreed(lambda: _refuse_compiled(difference / norm), (ConfigError,))
@@ -219,7 +228,7 @@ def share_statistics(method: nn.Module, processes: Processes, parts: int, device
 def _refuse_compiled(difference: float) -> None:
     raise ConfigError(
         f"run.compile is true, but the compiled gradients are others (they differ by {difference:.2g} of their norm): "
-        "use run.compile=false"
+        "go on with run.compile=false --resume"
     )
 
 

@@ -43,8 +43,10 @@ class Batch(NamedTuple):
 class InDouble(BAM):
     """Takes float32 pictures and rounds so little that a batch changes no prediction; to be made ``double()``."""
 
-    def outputs(self, query_image: Tensor, support_images: Tensor, support_labels: Tensor) -> BAMOutputs:
-        return super().outputs(query_image.double(), support_images.double(), support_labels)
+    def outputs(
+        self, query_image: Tensor, support_images: Tensor, support_labels: Tensor, *, categories: Tensor | None = None
+    ) -> BAMOutputs:
+        return super().outputs(query_image.double(), support_images.double(), support_labels, categories=categories)
 
 
 def narrow_backbone(name: str = "resnet") -> Backbone:

@@ -18,7 +18,9 @@ from svf_fast.train.reproduce.outcomes import last_line
 
 def arguments(out: Path, root: Path, *more: str) -> list[str]:
     asked = ["--table", "5", "--rows", "frozen", "svf", "--folds", "0", "--out", str(out)]
-    return ["reproduce", *asked, "--dataset", f"voc_folder:{root}", *more, *TINY, "schedule.iterations=60"]
+    # the second run is long enough to be met on its way
+    length = ["schedule.iterations=120", "frozen.schedule.iterations=6", "validation.every_iterations=60"]
+    return ["reproduce", *asked, "--dataset", f"voc_folder:{root}", *more, *TINY, *length]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def signal_at_step(out: Path, row: str, step: int, is_over: threading.Event) -> 
 def test_two_runs_stopped_and_gone_on_with(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     is_over = threading.Event()
-    watch = threading.Thread(target=signal_at_step, args=(out, "svf", 3, is_over))
+    watch = threading.Thread(target=signal_at_step, args=(out, "svf", 1, is_over))
     watch.start()
     status = main(arguments(out, root))
     is_over.set()
@@ -48,7 +50,7 @@ def test_two_runs_stopped_and_gone_on_with(tmp_path: Path, root: Path, capsys: p
     assert status == 1
     told = capsys.readouterr().out
     assert "stopped by SIGTERM: 1 of 2 done; the same command goes on" in told
-    assert re.search(r"\+ SVF .*step \d+ of 60", told)
+    assert re.search(r"\+ SVF .*step \d+ of 120", told), told
     (frozen,) = out.glob("runs/*-frozen-*/log.jsonl")
     written_ns = frozen.stat().st_mtime_ns
 
@@ -70,7 +72,7 @@ def test_a_dry_run_tells_every_run_and_writes_nothing(
     assert main(arguments(tmp_path / "out", root, "--dry-run")) == 0
     told = capsys.readouterr().out
     assert "pascal+resnet50+baseline+svf  " in told
-    assert "60 steps, under 0.01 GPU hours, 1.5 GB" in told
+    assert "120 steps, under 0.01 GPU hours, 1.5 GB" in told
     assert "2 runs, 2 of them not finished" in told
     assert not (tmp_path / "out").exists()
 
@@ -127,7 +129,7 @@ def test_runs_that_are_there_are_collected_and_a_figure_that_lacks_one_is_not_dr
     name = next(
         line for line in capsys.readouterr().out.splitlines() if line.startswith("pascal-resnet50-baseline-frozen")
     )
-    write_log(out / "runs" / name, (60, 0.25, 0.5), steps=60)
+    write_log(out / "runs" / name, (6, 0.25, 0.5), steps=6)
     assert main([*arguments(out, root, "--no-run"), "--figure", "6"]) == 0
     told = capsys.readouterr().out
     assert re.search(r"baseline† +- +65.07 +25.00", told)

@@ -46,7 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> VOCFolder:
 class Guesses(BAM):
     """Answers with noise that belongs to the query, so that every figure is other than 0."""
 
-    def outputs(self, query_image: Tensor, support_images: Tensor, support_labels: Tensor) -> BAMOutputs:
+    def outputs(
+        self, query_image: Tensor, support_images: Tensor, support_labels: Tensor, *, categories: Tensor | None = None
+    ) -> BAMOutputs:
         assert not self.training
         generators = [torch.Generator().manual_seed(int(picture.abs().sum())) for picture in query_image]
         maps = [

@@ -132,7 +132,8 @@ class Execution:
             self._running.remove(running)
             running.output.close()
             job, seconds = running.job, time.monotonic() - running.started_s
-            is_done = status == 0 and job.is_done()
+            # whatever it exited with: a stop can come between a run's last line and its end
+            is_done = job.is_done()
             failure = None if is_done or self._result.stopped_by else _reason(status, job.output_file)
             write_note(job.note_file, Note(read_note(job.note_file).seconds + seconds, failure))
             if is_done:
