@@ -228,10 +228,10 @@ def test_pfenets_own_repository() -> None:
     [
         ("pascal+resnet50+baseline+frozen+svf", "pascal_baseline_resnet50"),
         ("coco+pascal+resnet50+baseline+svf", "pascal_baseline_resnet50"),
-        ("voc_folder+coco+resnet50+bam+svf", "coco_bam_resnet50"),
+        ("any_folder+coco+resnet50+bam+svf", "coco_bam_resnet50"),
         ("pascal_baseline_resnet50+frozen", "pascal+resnet50+baseline+frozen"),
         ("five_shot+no_trick+pascal+vgg16+pfenet+svf", "pascal+vgg16+pfenet+svf+five_shot+no_trick"),
-        ("voc_folder+resnet50+base_learner", "voc_folder+base_learner+resnet50"),
+        ("any_folder+resnet50+base_learner", "any_folder+base_learner+resnet50"),
     ],
 )
 def test_later_parts_win(name: str, same: str) -> None:
@@ -257,7 +257,7 @@ def test_own_files_lie_on_top_of_parts_and_of_each_other(tmp_path: Path) -> None
 
 
 def test_a_file_whose_name_holds_a_plus_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "a+b.yaml").write_text("compose: [voc_folder, vgg16, baseline, svf]\n")
+    (tmp_path / "a+b.yaml").write_text("compose: [any_folder, vgg16, baseline, svf]\n")
     assert load_config(tmp_path / "a+b.yaml").backbone.architecture == "vgg16"
 
 
@@ -293,7 +293,7 @@ def test_a_part_is_not_hidden_by_a_file_of_its_name(tmp_path: Path, monkeypatch:
         ),
         ({"a": "compose: [b.yaml]", "b": "data: 5"}, "b.yaml: data is 5 (int), expected keys with values"),
         (
-            {"a": "compose: [voc_folder, vgg16, baseline, svf]\ndata: {size: 162}"},
+            {"a": "compose: [any_folder, vgg16, baseline, svf]\ndata: {size: 162}"},
             "data.size is 162, expected a multiple",
         ),
     ],
@@ -364,3 +364,7 @@ def test_the_command_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> 
         assert re.search(rf"^  {name} +\S", printed, flags=re.MULTILINE)
     assert main(["config", "data.fold=3"]) == 2
     assert "data.fold=3 is of no use without a configuration" in capsys.readouterr().err
+
+
+def test_no_part_has_the_name_of_a_whole_configuration() -> None:
+    assert not set(shipped_parts()) & set(shipped_configs())

@@ -175,7 +175,7 @@ def test_what_one_process_meets_it_tells_itself() -> None:
         raise PeerLost("another process of this run has ended")
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_when_a_process_dies_the_first_one_says_so_in_a_sentence(tmp_path: Path, pictures: Path) -> None:
     run = tmp_path / "run"
     endless = ("schedule.iterations=100000", "validation.every_iterations=100000")
@@ -200,7 +200,7 @@ def test_when_a_process_dies_the_first_one_says_so_in_a_sentence(tmp_path: Path,
     assert "svf_fast/train" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_two_processes_evaluate_as_one(tmp_path: Path, pictures: Path) -> None:
     train(load_config("voc_folder", settings(pictures, tmp_path / "run")), resume=False, console=QUIET)
     asked = ["eval", str(tmp_path / "run" / LAST), "--episodes", "7", "--seed", "1", "2", "run.device=cpu"]
@@ -218,7 +218,7 @@ def evaluate_weights(folder: Path, root: Path) -> float:
     return evaluate(folder / LAST, console=QUIET).scores[0].miou
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_what_one_process_alone_cannot_do_is_told_and_ends_all(tmp_path: Path, pictures: Path) -> None:
     """The second process looks for its pictures where there are none; the first one would wait for it."""
     script = tmp_path / "lone.py"
@@ -239,14 +239,6 @@ def test_what_one_process_alone_cannot_do_is_told_and_ends_all(tmp_path: Path, p
     assert found.returncode != 0
     assert found.stderr.count("process 1 of 2: data root /nowhere is not a folder") == 1
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_a_mistake_is_told_once(tmp_path: Path, pictures: Path) -> None:
-    found = torchrun(2, *settings(pictures, tmp_path / "run", "data.batch=3"))
-    assert found.returncode != 0
-    assert found.stderr.count("data.batch is 3, expected a multiple of 2: 2 processes times run.accumulate=1") == 1
-    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_only_the_statistics_that_follow_the_batch_are_shared_over_gpus() -> None:

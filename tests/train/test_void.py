@@ -44,7 +44,8 @@ def test_the_loss_of_nothing_is_0_with_a_gradient_of_zeros(dtype: torch.dtype) -
     logits = torch.randn(2, 3, 5, 5, dtype=dtype, requires_grad=True)
     loss = segmentation_loss(logits, torch.full((2, 5, 5), 255))
     loss.backward()
-    assert (loss.item(), loss.dtype) == (0, dtype)
+    # a mean over many pixels is not taken in half precision
+    assert (loss.item(), loss.dtype) == (0, torch.float32 if dtype == torch.bfloat16 else dtype)
     assert logits.grad is not None
     assert not logits.grad.any()
 

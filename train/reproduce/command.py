@@ -119,6 +119,11 @@ def _request(options: argparse.Namespace, overrides: Sequence[str]) -> Request:
             near = nearest(row, known)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
             raise ValueError(f"--rows: no table asked for has a row {row}: {hint}")
+    offered = {shots for number in options.table for shots in paper().tables[number].shots}
+    if options.shots and not offered & set(options.shots):
+        raise ValueError(
+            f"--shots: none of the tables asked for has {' or '.join(map(str, options.shots))}-shot figures"
+        )
     dataset = Dataset.read(options.dataset)
     return Request(
         tables=tuple(dict.fromkeys(options.table)),
@@ -243,6 +248,13 @@ class Reproduction:
                     f"data.root is not set for {run.composition}: give the prepared folder as data.root=FOLDER, or as "
                     f"{run.composition.partition('+')[0]}.data.root=FOLDER where there are two data sets"
                 )
+
+            config = run.config
+            if self.request.dataset.scale != SHAPES and not Path(str(config.data.root)).is_dir():
+                raise FileNotFoundError(f"data.root={config.data.root} is not a folder")
+            weights = config.backbone.weights
+            if self.request.dataset.scale != SHAPES and weights is not None and not Path(weights).is_file():
+                raise FileNotFoundError(f"backbone.weights={weights} is no file")
 
     def _claim(self) -> None:
         """The folder is of one data set, in one place: the names of its runs do not tell where their pictures lie."""

@@ -158,7 +158,9 @@ def _grid(collected: CollectedTable, block: Block, about: Circumstances) -> _Gri
             for fold, cell in zip(collected.folds, row.folds, strict=True)
         ]
         if has_gains:
-            compared += [_signed(row.published.difference), _signed(row.gain)]
+            # the printed one is of all four folds
+            printed = row.published.difference if sorted(collected.folds) == list(FOLDS) else None
+            compared += [_signed(printed), _signed(row.gain)]
         rows.append([*row.labels, _printed(row), _shown(row.mean), *compared, *folds])
     return _Grid(f"{block.shots}-shot, {name}, %", head, rows)
 
