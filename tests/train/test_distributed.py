@@ -133,7 +133,7 @@ def test_two_processes_train_as_one(tmp_path: Path, pictures: Path) -> None:
     assert [score["miou"] for score in scores(two)][-1] == evaluate_weights(two, pictures)
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_a_run_goes_on_in_another_number_of_processes(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
