@@ -76,17 +76,6 @@ class FewShotMetrics:
         self.counts[class_id].add(count(prediction, original_label))
         self.episodes[class_id] += 1
 
-    def merge(self, other: FewShotMetrics) -> FewShotMetrics:
-        """The metrics of both sets of episodes together, for runs in several processes."""
-        if set(self.counts) != set(other.counts):
-            raise ValueError(f"metrics of the classes {list(other.counts)} cannot be merged into {list(self.counts)}")
-        merged = FewShotMetrics(self.counts)
-        for part in (self, other):
-            for class_id in merged.counts:
-                merged.counts[class_id].add(part.counts[class_id])
-                merged.episodes[class_id] += part.episodes[class_id]
-        return merged
-
     def sum_over(self, total: Total) -> None:
         """As :meth:`LabelCounts.sum_over`: the metrics of the episodes of all processes."""
         for counts in self.counts.values():

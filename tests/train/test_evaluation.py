@@ -180,20 +180,6 @@ def test_logits_and_their_prediction_give_the_same_metrics() -> None:
     assert pixels(first.counts[1]) == pixels(second.counts[1])
 
 
-def test_merged_metrics_are_those_of_all_episodes() -> None:
-    parts, whole = [FewShotMetrics((1, 2)) for _ in range(2)], FewShotMetrics((1, 2))
-    for seed in range(6):
-        episode = random_logits(9, seed), random_label((20, 13), seed), 1 + seed % 2
-        parts[seed // 3].update(*episode)
-        whole.update(*episode)
-    before = pixels(parts[0].total)
-    merged = parts[0].merge(parts[1])
-    assert merged.episodes == whole.episodes
-    assert [pixels(merged.counts[c]) for c in (1, 2)] == [pixels(whole.counts[c]) for c in (1, 2)]
-    assert pixels(merged.total) == pixels(whole.total)
-    assert pixels(parts[0].total) == before
-
-
 @pytest.mark.parametrize(
     ("logits", "label", "message"),
     [
@@ -226,5 +212,3 @@ def test_wrong_classes_are_refused() -> None:
     for class_ids in ((), (1, 1)):
         with pytest.raises(ValueError, match="class_ids is"):
             FewShotMetrics(class_ids)
-    with pytest.raises(ValueError, match="cannot be merged"):
-        FewShotMetrics((1,)).merge(FewShotMetrics((2,)))
